@@ -1,0 +1,47 @@
+# make demo | make test | make lab | make bench        each makes .venv from requirements.lock first when it is missing or stale
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.ready
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lab readme export bench clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 10
+
+venv: $(STAMP)  ## the development environment, pinned by requirements.lock
+
+# The environment is rebuilt when the lock changes and the package installed again when its metadata does.
+$(STAMP): requirements.lock setup.py settings.ini
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or later is needed, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@cmp -s requirements.lock $(VENV)/.lock || { echo "installing the pinned environment into $(VENV) (about two minutes)"; \
+	  $(BIN)/python -m pip install -q -r requirements.lock && cp requirements.lock $(VENV)/.lock; }
+	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(STAMP)  ## train source-only and DIP on procedural streets, write demo/report.html
+	$(BIN)/protonb demo --out demo
+
+test: $(STAMP)  ## everything CI checks: export, clean, README, all notebooks, pytest
+	$(BIN)/python tools/check.py
+
+lab: $(STAMP)  ## JupyterLab on the book
+	$(BIN)/jupyter lab --notebook-dir=nbs
+
+export: $(STAMP)  ## notebooks -> protonb/, cleaned, README.md
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python tools/readme.py
+
+readme: $(STAMP)  ## nbs/index.ipynb -> README.md
+	$(BIN)/python tools/readme.py
+
+bench: $(STAMP)  ## CPU benchmarks of the DIP head
+	$(BIN)/python benchmarks/dip_head.py
+
+clean:  ## remove caches and the demo's output, keep .venv
+	rm -rf demo build dist *.egg-info .pytest_cache _proc
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

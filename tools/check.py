@@ -1,0 +1,50 @@
+"""Everything CI checks, in order; stops at the first red part. `make test` runs it."""
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+# Each of the two workers gets one thread; more only makes them fight over two cores.
+ENV = dict(os.environ, OMP_NUM_THREADS="1", MPLBACKEND="agg", TOKENIZERS_PARALLELISM="false")
+
+
+def tree(*folders, ending):
+    """Bytes of the files below the folders, by name."""
+    files = (p for f in folders for p in (ROOT / f).rglob(f"*{ending}") if ".ipynb_checkpoints" not in p.parts)
+    return {str(p.relative_to(ROOT)): p.read_bytes() for p in files}
+
+
+def unchanged(title, command, advice, *folders, ending):
+    """Run a command that rewrites files; fail when it had anything to rewrite."""
+    before = tree(*folders, ending=ending)
+    run(title, command)
+    after = tree(*folders, ending=ending)
+    changed = sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
+    if changed:
+        sys.exit(f"FAILED {title}: {advice}: {', '.join(changed)}")
+
+
+def run(title, command):
+    print(f"--- {title}", flush=True)
+    start = time.time()
+    code = subprocess.run([str(c) for c in command], cwd=ROOT, env=ENV).returncode
+    if code:
+        sys.exit(f"FAILED {title} (exit code {code})")
+    print(f"    {time.time() - start:.0f} s", flush=True)
+
+
+def main():
+    unchanged("export in sync", [BIN / "nbdev_export"], "protonb/ was not what nbs/ exports; it is now, commit it",
+              "protonb", ending=".py")
+    unchanged("notebooks clean", [BIN / "nbdev_clean"], "not cleaned; they are now, commit them", "nbs", ending=".ipynb")
+    run("README in sync", [sys.executable, "tools/readme.py", "--check"])
+    run("the book's rules", [sys.executable, "-m", "pytest", "-q", "tests/test_book.py"])
+    run("all notebooks", [BIN / "nbdev_test", "--n_workers", "2"])
+    run("pytest", [sys.executable, "-m", "pytest", "-q", "--durations", "8", "tests"])
+
+
+if __name__ == "__main__":
+    main()
