@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['HEAD_NORMS', 'VGG_KEYS', 'BATCH_NORMS', 'conv_norm', 'PyramidPooling', 'make_projector', 'check_head', 'DIPNet',
-           'dip_resnet101', 'dip_small', 'dip_mobilenetv2', 'vgg_stage', 'from_vgg16_keys', 'dip_vgg16', 'under',
-           'freeze', 'set_train']
+           'dip_resnet101', 'vgg_stage', 'from_vgg16_keys', 'dip_vgg16', 'dip_small', 'dip_mobilenetv2', 'under',
+           'freeze', 'set_train', 'dip_head_version']
 
-# %% ../nbs/03_models/03_dip_net.ipynb #1477ec55
+# %% ../nbs/03_models/03_dip_net.ipynb #57293e06
+import re
 from functools import partial
 import torch
 from torch import nn
 from torch.nn import functional as F
 from .core import InputError
-from .resnet import ResNet, from_torchvision_keys, kaiming_, rename_keys
 from .mobilenet import MobileNetV2, to_stage_keys
+from .resnet import ResNet, from_torchvision_keys, kaiming_, rename_keys
 
 # %% ../nbs/03_models/03_dip_net.ipynb #1b285148
 #: Normalisation of the head: batch norm in the released code, group norm in its first version
@@ -70,9 +71,9 @@ def check_head(
     if head_norm not in HEAD_NORMS: raise InputError(f"head_norm is {head_norm!r}, but must be 'bn' or 'gn8'")
     if fuse not in ('l4', 'l4+l2'): raise InputError(f"fuse is {fuse!r}, but must be 'l4' or 'l4+l2'")
 
-# %% ../nbs/03_models/03_dip_net.ipynb #b44a77f8
+# %% ../nbs/03_models/03_dip_net.ipynb #adbe0cb9
 class DIPNet(nn.Module):
-    "Backbone stages, pyramid pooling, reduction, projector: normalised images to features (or logits)."
+    "Backbone stages, pyramid pooling, reduction, projector: normalised images to features or logits."
     def __init__(self,
         stages:list,              # Five modules, `layer0` to `layer4`
         widths:tuple,             # Channels that each of them gives
@@ -87,7 +88,7 @@ class DIPNet(nn.Module):
         super().__init__()
         check_head(projector_layers, head_norm, fuse)
         self.fuse,self.channels,self.num_classes = fuse,channels,num_classes
-        self.frozen_prefixes,self.rename_backbone = tuple(frozen),rename_backbone
+        self.frozen_prefixes,self.rename_backbone,self.head = tuple(frozen),rename_backbone,('ppm','down','projector')
         for i,layer in enumerate(stages): self.add_module(f'layer{i}', layer)
         norm,wide = HEAD_NORMS[head_norm],widths[4] + (widths[2] if fuse == 'l4+l2' else 0)
         self.ppm = PyramidPooling(wide, wide//4, norm)
@@ -111,36 +112,6 @@ def dip_resnet101(
     net = ResNet((3,4,23,3), (64,64,128), strides=(1,2,1,1), dilations=(1,1,2,4))
     return DIPNet(net.stages(), net.widths, channels, num_classes, projector_layers, head_norm, fuse,
                   rename_backbone=from_torchvision_keys)
-
-# %% ../nbs/03_models/03_dip_net.ipynb #24259489
-def dip_small(
-    num_classes:int=None,    # K: end in a classifier (source-only baseline); None: features for prototypes
-    width:int=16,            # Channels of the first conv; everything else is a multiple of it
-    channels:int=128,        # Feature channels C
-    blocks:tuple=(1,2,2,1),  # Bottlenecks per stage
-    output_stride:int=8,     # Image size over feature size: 8, or 4 for small images
-    projector_layers:int=3,  # Convs of the projector: 1, 2 or 3
-    head_norm:str='bn',      # 'bn' or 'gn8'
-    fuse:str='l4',           # What the pyramid sees: 'l4' or 'l4+l2'
-)->DIPNet:                   # (B,3,H,W) -> (B,C,H/8,W/8)
-    "The same network shrunk until it trains on two CPU cores; started by He's rule, nothing frozen."
-    planes = (width, 2*width, 4*width, 4*width)
-    net = ResNet(blocks, (width, width, 2*width), planes, (1, output_stride//4, 1, 1), (1, 1, 2, 4))
-    return kaiming_(DIPNet(net.stages(), net.widths, channels, num_classes, projector_layers, head_norm, fuse,
-                           frozen=(), rename_backbone=from_torchvision_keys))
-
-# %% ../nbs/03_models/03_dip_net.ipynb #68fa83b2
-def dip_mobilenetv2(
-    num_classes:int=None,    # K: end in a classifier (source-only baseline); None: features for prototypes
-    output_stride:int=8,     # Image size over feature size: 8, 16 or 32
-    channels:int=256,        # Feature channels C
-    projector_layers:int=3,  # Convs of the projector: 1, 2 or 3
-    head_norm:str='bn',      # 'bn' or 'gn8'
-)->DIPNet:                   # (B,3,H,W) -> (B,C,H/8,W/8)
-    "The same head on the 320-channel map of MobileNetV2: a pretrained start that a CPU can train."
-    net = MobileNetV2(output_stride=output_stride, last=False)
-    return DIPNet(net.stages(), net.widths, channels, num_classes, projector_layers, head_norm,
-                  rename_backbone=to_stage_keys)
 
 # %% ../nbs/03_models/03_dip_net.ipynb #645abdfa
 def vgg_stage(
@@ -182,6 +153,36 @@ def dip_vgg16(
               for i,(a,b,n) in enumerate(zip((3,)+widths, widths, (2,2,3,3,3)))]
     return DIPNet(stages, widths, channels, num_classes, projector_layers, head_norm, fuse, rename_backbone=from_vgg16_keys)
 
+# %% ../nbs/03_models/03_dip_net.ipynb #24259489
+def dip_small(
+    num_classes:int=None,    # K: end in a classifier (source-only baseline); None: features for prototypes
+    width:int=16,            # Channels of the first conv; everything else is a multiple of it
+    channels:int=128,        # Feature channels C
+    blocks:tuple=(1,2,2,1),  # Bottlenecks per stage
+    output_stride:int=8,     # Image size over feature size: 8, or 4 for small images
+    projector_layers:int=3,  # Convs of the projector: 1, 2 or 3
+    head_norm:str='bn',      # 'bn' or 'gn8'
+    fuse:str='l4',           # What the pyramid sees: 'l4' or 'l4+l2'
+)->DIPNet:                   # (B,3,H,W) -> (B,C,H/8,W/8)
+    "The same network shrunk until it trains on two CPU cores; started by He's rule, nothing frozen."
+    planes = (width, 2*width, 4*width, 4*width)
+    net = ResNet(blocks, (width, width, 2*width), planes, (1, output_stride//4, 1, 1), (1, 1, 2, 4))
+    return kaiming_(DIPNet(net.stages(), net.widths, channels, num_classes, projector_layers, head_norm, fuse,
+                           frozen=(), rename_backbone=from_torchvision_keys))
+
+# %% ../nbs/03_models/03_dip_net.ipynb #68fa83b2
+def dip_mobilenetv2(
+    num_classes:int=None,    # K: end in a classifier (source-only baseline); None: features for prototypes
+    output_stride:int=8,     # Image size over feature size: 8, 16 or 32
+    channels:int=256,        # Feature channels C
+    projector_layers:int=3,  # Convs of the projector: 1, 2 or 3
+    head_norm:str='bn',      # 'bn' or 'gn8'
+)->DIPNet:                   # (B,3,H,W) -> (B,C,H/8,W/8)
+    "The same head on the 320-channel map of MobileNetV2: a pretrained start that a CPU can train."
+    net = MobileNetV2(output_stride=output_stride, last=False)
+    return DIPNet(net.stages(), net.widths, channels, num_classes, projector_layers, head_norm,
+                  rename_backbone=to_stage_keys)
+
 # %% ../nbs/03_models/03_dip_net.ipynb #d2c211d8
 def under(
     name:str,        # Dotted name of a parameter or module
@@ -212,3 +213,20 @@ def set_train(
     for name,m in net.named_modules():
         if isinstance(m, BATCH_NORMS) and under(name, prefixes): m.eval()
     return net
+
+# %% ../nbs/03_models/03_dip_net.ipynb #9b561eea
+def dip_head_version(
+    state:dict,  # State dict of a DIP network
+)->dict:         # Options for `dip_resnet101` or `dip_vgg16`
+    "Read the options of the head off the names and shapes of a checkpoint."
+    if 'projector.0.weight' not in state or 'ppm.features.0.1.weight' not in state:
+        raise InputError('not a DIP checkpoint: it has no ppm.features.0.1.weight or no projector.0.weight')
+    last = next(f'projector.{i}' for i in (6, 3, 0) if f'projector.{i}.weight' in state)
+    wide = state['ppm.features.0.1.weight'].shape[1]
+    by_number = sorted((k for k in state if k.startswith('layer4.')), key=lambda k: [int(n) for n in re.findall(r'\d+', k)])
+    high = next((state[k].shape[0] for k in reversed(by_number) if state[k].ndim == 4), wide)
+    return dict(projector_layers={'0': 1, '3': 2, '6': 3}[last[-1]],
+                head_norm='bn' if 'down.1.running_mean' in state else 'gn8',
+                fuse='l4' if wide == high else 'l4+l2',
+                channels=state['down.0.weight'].shape[0],
+                num_classes=state[f'{last}.weight'].shape[0] if f'{last}.bias' in state else None)

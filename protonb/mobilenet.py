@@ -6,9 +6,8 @@
 __all__ = ['BLOCKS', 'STAGE_ENDS', 'conv_bn', 'InvertedResidual', 'round_channels', 'mobilenet_features', 'MobileNetV2',
            'to_stage_keys']
 
-# %% ../nbs/03_models/02_mobilenet.ipynb #b73b9d3d
+# %% ../nbs/03_models/02_mobilenet.ipynb #9c7220f4
 from collections import OrderedDict
-import torch
 from torch import nn
 from .resnet import rename_keys
 
@@ -59,13 +58,13 @@ def round_channels(
     n = max(divisor, int(channels + divisor/2)//divisor*divisor)
     return n + divisor if n < .9*channels else n
 
-# %% ../nbs/03_models/02_mobilenet.ipynb #a73b18d2
+# %% ../nbs/03_models/02_mobilenet.ipynb #5606edc5
 def mobilenet_features(
     width_mult:float=1.,    # Factor on all channel counts
     output_stride:int=32,   # Image size over size of the last map: 8, 16 or 32
     last:bool=True,         # Keep the last 1x1 conv (320 -> 1280)
 )->tuple:                   # List of 19 (18) layers, list of their channel counts
-    "The layers in order; past the output stride a stride becomes a dilation."
+    "The layers in order; past the output stride a stride becomes a dilation of what follows."
     if output_stride not in (8, 16, 32): raise ValueError(f'output_stride is {output_stride}, but must be 8, 16 or 32')
     first = round_channels(32*width_mult)
     layers,widths,inputs,stride,dilation = [conv_bn(3, first, 3, 2)],[first],first,2,1
@@ -82,7 +81,7 @@ def mobilenet_features(
         layers.append(conv_bn(inputs, widths[-1]))
     return layers,widths
 
-# %% ../nbs/03_models/02_mobilenet.ipynb #ef71a753
+# %% ../nbs/03_models/02_mobilenet.ipynb #d1d44fa2
 class MobileNetV2(nn.Module):
     "MobileNetV2 with torchvision's names; returns what its five stages (and the last conv) give."
     def __init__(self,
@@ -101,8 +100,9 @@ class MobileNetV2(nn.Module):
         return [maps[e-1] for e in self.ends]
 
     def stages(self):
-        starts = (0,) + self.ends[:-1]
-        return [nn.Sequential(OrderedDict((str(i), self.features[i]) for i in range(a, b))) for a,b in zip(starts, self.ends)]
+        "The same layers grouped, with their numbers kept in the names."
+        spans = zip((0,) + self.ends[:-1], self.ends)
+        return [nn.Sequential(OrderedDict((str(i), self.features[i]) for i in range(a, b))) for a,b in spans]
 
 # %% ../nbs/03_models/02_mobilenet.ipynb #f1040254
 def to_stage_keys(

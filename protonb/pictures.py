@@ -8,7 +8,7 @@ __all__ = ['METHOD_COLORS', 'METHOD_COLORS_DARK', 'MISTAKE', 'style', 'show_imag
            'plot_confusion', 'series', 'running_mean', 'plot_curves', 'cosine_matrix', 'plot_similarity', 'pca_2d',
            'label_points', 'plot_projection']
 
-# %% ../nbs/04_learning/04_pictures.ipynb #026de5b1
+# %% ../nbs/04_learning/04_pictures.ipynb #6be244e6
 import math
 import numpy as np, torch
 import torch.nn.functional as F
@@ -16,10 +16,11 @@ from contextlib import contextmanager
 import matplotlib.pyplot as plt
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from .evaluation import Scores, blend, confusion_matrix
 from .labels import ClassSpace, colorize
 
-# %% ../nbs/04_learning/04_pictures.ipynb #8c889d3f
+# %% ../nbs/04_learning/04_pictures.ipynb #3eef54cf
 METHOD_COLORS = ('#8b929c', '#0072b2', '#e69f00', '#009e73', '#cc79a7', '#56b4e9')  # after Okabe and Ito (2008), grey first
 METHOD_COLORS_DARK = ('#9aa3af', '#4aa8e0', '#f0b541', '#35c79c', '#e09cc3', '#8fd0f5')
 
@@ -35,11 +36,14 @@ def style(
             'axes.prop_cycle': plt.cycler(color=METHOD_COLORS_DARK if dark else METHOD_COLORS)}
     tint = {k: ink for k in ('text.color', 'axes.labelcolor', 'axes.titlecolor', 'xtick.color', 'ytick.color')}
     paint = {k: page for k in ('figure.facecolor', 'axes.facecolor', 'savefig.facecolor')}
-    plt.get_backend()    # a notebook's backend sets itself up at first use; inside the block its settings would be undone again
-    with plt.rc_context({**base, **tint, **paint, 'axes.edgecolor': soft, 'grid.color': soft}): yield
+    new = {**base, **tint, **paint, 'axes.edgecolor': soft, 'grid.color': soft}
+    old = {k: plt.rcParams[k] for k in new}
+    plt.rcParams.update(new)
+    try: yield    # not plt.rc_context: it also undoes what a notebook's backend sets up when it is first used
+    finally: plt.rcParams.update(old)
 
-# %% ../nbs/04_learning/04_pictures.ipynb #971f7a11
-def _axes(ax, width, height): return plt.subplots(figsize=(width, height), dpi=80)[1] if ax is None else ax
+# %% ../nbs/04_learning/04_pictures.ipynb #ddffe6cf
+def _axes(ax, width, height): return plt.subplots(figsize=(width, height), dpi=72)[1] if ax is None else ax
 
 def _pixels(image):
     "(H,W,3) array from a (3,H,W) tensor or a (H,W,3) array or tensor."
@@ -126,7 +130,7 @@ def show_legend(
     ax.set(xlim=(0, columns), ylim=(0, rows))
     return _bare(ax, None)
 
-# %% ../nbs/04_learning/04_pictures.ipynb #08c719de
+# %% ../nbs/04_learning/04_pictures.ipynb #a2d5d188
 def image_miou(
     pred,      # (H,W) predicted train ids
     truth,     # (H,W) true train ids
@@ -143,7 +147,8 @@ def show_panel(
 ):              # The axes
     "Image, truth and predictions, one row per image."
     methods = list(dict.fromkeys(m for *_, preds in rows for m in preds))
-    if axs is None: _, axs = plt.subplots(len(rows), 2+len(methods), figsize=(2.4*(2+len(methods)), 1.5*len(rows)), dpi=80, squeeze=False)
+    if axs is None:
+        _, axs = plt.subplots(len(rows), 2+len(methods), figsize=(2.2*(2+len(methods)), 1.4*len(rows)), dpi=72, squeeze=False)
     for r, (name, image, truth, preds) in enumerate(rows):
         show_image(image, axs[r,0], name)
         if truth is None: _bare(axs[r,1], None)
@@ -153,7 +158,7 @@ def show_panel(
             else: show_label(preds[m], space, ax, m if truth is None else f'{m}: {100*image_miou(preds[m], truth, space):.0f}')
     return axs
 
-# %% ../nbs/04_learning/04_pictures.ipynb #e5c5bad2
+# %% ../nbs/04_learning/04_pictures.ipynb #e71b3aef
 def method_color(
     i:int,      # Position of the method; the baseline is 0
 )->str:         # Colour of the current style
@@ -172,7 +177,7 @@ def plot_iou_bars(
         v = 100*s.iou.numpy()
         y = np.arange(len(v)) + (m-(M-1)/2)*thick
         ax.barh(y, np.nan_to_num(v), .88*thick, color=method_color(m), label=f'{name}  {100*s.miou:.1f}')
-        for yy, x in zip(y, v): ax.text((0 if np.isnan(x) else x)+.8, yy, '–' if np.isnan(x) else f'{x:.0f}', va='center', fontsize=6.5)
+        for yy, x in zip(y, v): ax.text((0 if np.isnan(x) else x)+.8, yy, '–' if np.isnan(x) else f'{x:.0f}', va='center', fontsize=7)
     ax.set(yticks=range(space.num_classes), xlim=(0, 105), ylim=(space.num_classes-.4, -.6), xlabel='IoU in percent')
     ax.set_yticklabels(space.classes)
     ax.grid(axis='x', lw=.6)
@@ -180,7 +185,7 @@ def plot_iou_bars(
     ax.legend(title='mIoU', loc='lower left', bbox_to_anchor=(0, 1), ncols=M, alignment='left')
     return ax
 
-# %% ../nbs/04_learning/04_pictures.ipynb #f486cd0f
+# %% ../nbs/04_learning/04_pictures.ipynb #2913da76
 def heat_colors(
     signed=False, # Two-sided, for values around 0
 ):                # A matplotlib colour map
@@ -191,7 +196,7 @@ def heat_colors(
 def _heat(ax, values, names, fmt, vmin, vmax, signed):
     "Matrix with readable values; nan cells stay empty."
     ax.imshow(np.ma.masked_invalid(values), cmap=heat_colors(signed), vmin=vmin, vmax=vmax)
-    size, dark = 90/max(len(names), 12), plt.rcParams['axes.facecolor'] != '#ffffff'
+    size, dark = 125/max(len(names), 12), plt.rcParams['axes.facecolor'] != '#ffffff'
     for (i, j), v in np.ndenumerate(values):
         strong = dark or abs(v) > .6*vmax
         if fmt(v): ax.text(j, i, fmt(v), ha='center', va='center', fontsize=min(8, size), color='white' if strong else '#24292f')
@@ -255,7 +260,7 @@ def plot_curves(
     if len(ax.get_legend_handles_labels()[0]) > 1: ax.legend()
     return ax
 
-# %% ../nbs/04_learning/04_pictures.ipynb #f7e848dd
+# %% ../nbs/04_learning/04_pictures.ipynb #4d97e75c
 def cosine_matrix(
     prototypes,      # (K,C); a class without pixels has a zero row
 )->torch.Tensor:     # (K,K) float64, nan in rows and columns of absent classes
@@ -273,7 +278,7 @@ def plot_similarity(
     ax, names = _axes(ax, 6.2, 6), getattr(names, 'classes', names)
     S = cosine_matrix(prototypes).fill_diagonal_(torch.nan).numpy()
     signed = bool(np.nanmin(S, initial=0) < -.05)
-    return _heat(ax, S, names, lambda v: '' if np.isnan(v) else f'{100*v:.0f}', -1 if signed else 0, 1, signed)
+    return _heat(ax, S, names, lambda v: '' if np.isnan(v) else f'{round(100*v):d}', -1 if signed else 0, 1, signed)
 
 # %% ../nbs/04_learning/04_pictures.ipynb #6925e434
 def pca_2d(
@@ -294,7 +299,7 @@ def _cover(box, others, points):
     texts = sum(max(0, min(x+w, a+c)-max(x, a)) * max(0, min(y+h, b+d)-max(y, b)) for a, b, c, d in others)
     return texts + 40*sum(x-4 < u < x+w+4 and y-4 < v < y+h+4 for u, v in points)
 
-# %% ../nbs/04_learning/04_pictures.ipynb #a76d01a8
+# %% ../nbs/04_learning/04_pictures.ipynb #bbee6a5c
 def label_points(
     ax,       # Axes whose limits are final
     xy,       # (N,2) points in data units
@@ -306,23 +311,27 @@ def label_points(
     at = ax.transData.transform(xy) * 72/ax.figure.dpi                    # (N,2) in points of the page
     x0, y0, x1, y1 = ax.get_window_extent().extents * 72/ax.figure.dpi
     ring, boxes = [(r*math.cos(a), r*math.sin(a)) for r in (9, 17, 26) for a in np.arange(0, 6.28, math.pi/6)], []
+    halo = [withStroke(linewidth=2, foreground=plt.rcParams['axes.facecolor'])]
     for (x, y), text in zip(at, texts):
         w, h, tried = .56*size*len(text), 1.2*size, []
         for dx, dy in ring:
             box = (x+dx-(dx < -1)*w - (abs(dx) <= 1)*w/2, y+dy-h/2, w, h)
             outside = box[0] < x0 or box[0]+w > x1 or box[1] < y0 or box[1]+h > y1
-            tried.append((_cover(box, boxes, at) + 1e4*outside + math.hypot(dx, dy), box, dx, dy))
+            tried.append((_cover(box, boxes, at) + 1e4*outside + math.hypot(dx, dy) + .3*abs(dy), box, dx, dy))
         _, box, dx, dy = min(tried)
         boxes.append(box)
-        where = dict(ha='center' if abs(dx) <= 1 else 'left' if dx > 0 else 'right', va='center', fontsize=size)
+        where = dict(ha='center' if abs(dx) <= 1 else 'left' if dx > 0 else 'right', va='center', fontsize=size, path_effects=halo)
         line = dict(arrowstyle='-', lw=.5, color=plt.rcParams['axes.edgecolor'], shrinkA=0) if math.hypot(dx, dy) > 12 else None
         ax.annotate(text, xy[len(boxes)-1], (dx, dy), textcoords='offset points', arrowprops=line, **where)
     return ax
 
-# %% ../nbs/04_learning/04_pictures.ipynb #17b9077a
+# %% ../nbs/04_learning/04_pictures.ipynb #a94fc98d
 def _unit(x): return F.normalize(x.detach().float().cpu(), dim=1)
 
-def _ink(rgb): return [c/255 for c in rgb]
+def _ink(rgb):
+    "Palette colour for matplotlib; on a dark page the darkest ones are lifted, or they would drown."
+    rgb = np.array(rgb)/255
+    return rgb if plt.rcParams['axes.facecolor'] == '#ffffff' or rgb.mean() > .3 else .6*rgb + .4
 
 def _sample(features, labels, space, per_class=60):
     "At most so many labelled rows of each class, evenly spaced, so that the road does not drown the rest."
@@ -330,6 +339,7 @@ def _sample(features, labels, space, per_class=60):
     keep = torch.cat([r[:: max(1, math.ceil(len(r)/per_class))] for r in rows])
     return features[keep], labels[keep]
 
+# %% ../nbs/04_learning/04_pictures.ipynb #8c828300
 def plot_projection(
     prototypes,     # (K,C); zero rows are absent classes
     space,          # ClassSpace with names and palette

@@ -8,8 +8,14 @@ __all__ = ['FREE', 'Train', 'accelerator_for', 'seed_everything', 'poly_lr', 'pa
            'read_rows', 'write_rows', 'append_row', 'read_metrics', 'stop_signals', 'changes', 'versions', 'Diverged',
            'fit']
 
-# %% ../nbs/04_learning/02_training.ipynb #ebffaf7a
-import csv, io, json, math, os, platform, random, re, shutil, signal, sys, threading, time, warnings
+# %% ../nbs/04_learning/02_training.ipynb #ac856f08
+import warnings
+with warnings.catch_warnings():       # before accelerate imports it: without ipywidgets tqdm.auto warns, then draws a plain bar
+    warnings.simplefilter('ignore')
+    from tqdm.auto import tqdm
+
+# %% ../nbs/04_learning/02_training.ipynb #0d9c3d02
+import csv, io, json, math, os, platform, random, re, shutil, signal, sys, threading, time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -26,11 +32,6 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from .core import InputError, atomic_path, rng_for
-
-# %% ../nbs/04_learning/02_training.ipynb #83c88c4e
-with warnings.catch_warnings():       # without ipywidgets tqdm.auto warns, then draws the plain bar, which is all we want
-    warnings.simplefilter('ignore')
-    from tqdm.auto import tqdm
 
 # %% ../nbs/04_learning/02_training.ipynb #8c481785
 @dataclass
