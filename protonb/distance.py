@@ -6,10 +6,10 @@
 __all__ = ['METRICS', 'dots_fwd', 'dots_bwd', 'inverse_norm', 'prototype_logits_ref', 'nearest_prototype_ref', 'bilinear_weights',
            'logits_cross_entropy_ref', 'prototype_cross_entropy_ref']
 
-# %% ../nbs/02_ops/02_distance.ipynb #9becc736
+# %% ../nbs/02_ops/02_distance.ipynb #274b6449
 import torch
 import torch.nn.functional as F
-from .pooling import grid_positions, tiles, wide
+from .pooling import TILE_BYTES, full_precision, grid_positions, tiles, wide
 
 # %% ../nbs/02_ops/02_distance.ipynb #fe65d084
 def dots_fwd(
@@ -86,7 +86,7 @@ def _rows(prototypes, B, dtype, metric, eps):
     q = prototypes.to(dtype).expand(B, *prototypes.shape[-2:])
     return q*inverse_norm(q.square().sum(-1, keepdim=True), eps) if metric == 'cosine' else q
 
-# %% ../nbs/02_ops/02_distance.ipynb #a7bf5453
+# %% ../nbs/02_ops/02_distance.ipynb #cc9dcca3
 METRICS = ('cosine', 'dot', 'euclidean', 'sqeuclidean')
 
 def prototype_logits_ref(
@@ -98,14 +98,14 @@ def prototype_logits_ref(
     eps:float=1e-12,      # Norms below it count as it (cosine)
 )->torch.Tensor:          # (B,K,h,w), float32 or float64
     "How close each pixel is to each prototype."
-    with torch.autocast(features.device.type, enabled=False):
+    with full_precision(features):
         x = features.flatten(2)
         q = _rows(prototypes, len(x), wide(x.dtype), metric, eps)
         a,sq = _dots(x, q, metric != 'dot')
         z = _logits_of(a, sq, q, metric, eps)
         return (z if scale == 1 else z*scale).unflatten(2, features.shape[2:])
 
-# %% ../nbs/02_ops/02_distance.ipynb #419d248c
+# %% ../nbs/02_ops/02_distance.ipynb #10db13be
 @torch.no_grad()
 def nearest_prototype_ref(
     features,             # (B,C,h,w)
@@ -115,7 +115,7 @@ def nearest_prototype_ref(
     valid=None,           # (K,) or (B,K) bool: classes that may win; at least one per image
 )->tuple:                 # labels (B,h,w) int64, score (B,h,w): the winning logit
     "The closest prototype of each pixel; ties go to the lowest index; no (B,K,h,w) is stored."
-    with torch.autocast(features.device.type, enabled=False):
+    with full_precision(features):
         x = features.flatten(2)
         B,C,N = x.shape
         q = _rows(prototypes, B, wide(x.dtype), metric, 1e-12)
@@ -149,10 +149,10 @@ def bilinear_weights(
     at = grid_positions(n_out, n_in, dtype, device, start, stop)
     return (1-(at[:,None]-torch.arange(n_in, dtype=dtype, device=device)).abs()).clamp(min=0)
 
-# %% ../nbs/02_ops/02_distance.ipynb #cd0b64cf
+# %% ../nbs/02_ops/02_distance.ipynb #a5ca9821
 def _bands(H, W, K, h, x):
     "(first row, one past the last, first logit row, one past the last) of bands of about one tile."
-    n = max(1, {'cpu': 2<<20}.get(x.device.type, 64<<20)//(K*W*x.dtype.itemsize))
+    n = max(1, TILE_BYTES.get(x.device.type, 64<<20)//(K*W*x.dtype.itemsize))
     for r in range(0, H, n):
         e = min(r+n, H)
         # one row to spare on each side, for positions rounded across a grid line
@@ -191,7 +191,7 @@ class _UpsampledNLL(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, up): return ctx.saved_tensors[0]*up, None, None, None, None
 
-# %% ../nbs/02_ops/02_distance.ipynb #53d5e475
+# %% ../nbs/02_ops/02_distance.ipynb #b1b32860
 def logits_cross_entropy_ref(
     logits,                # (B,K,h,w)
     labels,                # (B,h,w), or (B,H,W) at a higher resolution
@@ -202,7 +202,7 @@ def logits_cross_entropy_ref(
 )->torch.Tensor:           # 0-d, or (B,H,W)
     "Cross-entropy of logits that are first brought to the size of the labels."
     B,K = logits.shape[:2]
-    with torch.autocast(logits.device.type, enabled=False):
+    with full_precision(logits):
         z = logits.to(wide(logits.dtype))
         keep = (labels != ignore_index) & (labels >= 0) & (labels < K)
         y = torch.where(keep, labels, 0).long()

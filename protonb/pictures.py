@@ -104,7 +104,7 @@ def mistakes(
     void = (truth == 255)[..., None]
     return np.where(void, .35*grey, np.where((truth != pred)[..., None], MISTAKE, grey)).astype(np.uint8)
 
-# %% ../nbs/04_learning/04_pictures.ipynb #cd6b905f
+# %% ../nbs/04_learning/04_pictures.ipynb #5df4f391
 def class_ids(
     labels,      # Iterable of (H,W) train ids
     space,       # ClassSpace
@@ -125,12 +125,12 @@ def show_legend(
     ax = _axes(ax, 1.1*columns, .24*rows)
     for n, i in enumerate(ids):
         x, y = n % columns, rows-1 - n//columns
-        ax.add_patch(Rectangle((x, y+.2), .14, .6, facecolor=[c/255 for c in space.palette[i]], edgecolor='#00000040', lw=.5))
+        ax.add_patch(Rectangle((x, y+.2), .14, .6, fc=[c/255 for c in space.palette[i]], ec='#00000040', lw=.5))
         ax.text(x+.19, y+.47, space.classes[i], va='center', fontsize=7.5)
     ax.set(xlim=(0, columns), ylim=(0, rows))
     return _bare(ax, None)
 
-# %% ../nbs/04_learning/04_pictures.ipynb #a2d5d188
+# %% ../nbs/04_learning/04_pictures.ipynb #13b443c4
 def image_miou(
     pred,      # (H,W) predicted train ids
     truth,     # (H,W) true train ids
@@ -144,7 +144,7 @@ def show_panel(
     rows,       # List of (name, image, truth or None, {method: (H,W) train ids})
     space,      # ClassSpace
     axs=None,   # (rows, columns) array of axes; new ones otherwise
-):              # The axes
+)->np.ndarray:  # The axes
     "Image, truth and predictions, one row per image."
     methods = list(dict.fromkeys(m for *_, preds in rows for m in preds))
     if axs is None:
@@ -185,7 +185,7 @@ def plot_iou_bars(
     ax.legend(title='mIoU', loc='lower left', bbox_to_anchor=(0, 1), ncols=M, alignment='left')
     return ax
 
-# %% ../nbs/04_learning/04_pictures.ipynb #2913da76
+# %% ../nbs/04_learning/04_pictures.ipynb #a43c1375
 def heat_colors(
     signed=False, # Two-sided, for values around 0
 ):                # A matplotlib colour map
@@ -196,10 +196,10 @@ def heat_colors(
 def _heat(ax, values, names, fmt, vmin, vmax, signed):
     "Matrix with readable values; nan cells stay empty."
     ax.imshow(np.ma.masked_invalid(values), cmap=heat_colors(signed), vmin=vmin, vmax=vmax)
-    size, dark = 125/max(len(names), 12), plt.rcParams['axes.facecolor'] != '#ffffff'
+    size, colours = min(8, 125/max(len(names), 12)), heat_colors(signed)((values-vmin)/(vmax-vmin))
     for (i, j), v in np.ndenumerate(values):
-        strong = dark or abs(v) > .6*vmax
-        if fmt(v): ax.text(j, i, fmt(v), ha='center', va='center', fontsize=min(8, size), color='white' if strong else '#24292f')
+        ink = '#24292f' if colours[i, j, :3] @ (.3, .59, .11) > .55 else 'white'   # by how bright the cell looks
+        if fmt(v): ax.text(j, i, fmt(v), ha='center', va='center', fontsize=size, color=ink)
     ax.set(xticks=range(len(names)), yticks=range(len(names)))
     ax.set_xticklabels(names, rotation=45, ha='right', rotation_mode='anchor', fontsize=7.5)
     ax.set_yticklabels(names, fontsize=7.5)
@@ -220,7 +220,7 @@ def plot_confusion(
     ax.set(xlabel='called', ylabel='is')
     return ax
 
-# %% ../nbs/04_learning/04_pictures.ipynb #0c581764
+# %% ../nbs/04_learning/04_pictures.ipynb #ad53d36a
 def series(
     metrics,    # Name -> (steps, values), or columns with one called 'step'
     name,       # Which one
@@ -233,12 +233,12 @@ def series(
 
 def running_mean(
     values,     # (N,) array
-    window:int, # Entries to average over, centred; fewer at the ends
+    window:int, # Entries to average over; fewer near the ends, as many on either side, so that a slope stays a slope
 )->np.ndarray:  # (N,)
-    "Centred running mean that does not shrink towards the ends."
-    half, total = window//2, np.concatenate([[0], np.cumsum(values)])
-    lo, hi = (np.clip(np.arange(len(values)) + d, 0, len(values)) for d in (-half, half+1))
-    return (total[hi]-total[lo]) / (hi-lo)
+    "Centred running mean."
+    i, total = np.arange(len(values)), np.concatenate([[0], np.cumsum(values)])
+    half = np.minimum(window//2, np.minimum(i, len(values)-1-i))
+    return (total[i+half+1]-total[i-half]) / (2*half+1)
 
 # %% ../nbs/04_learning/04_pictures.ipynb #3fdf02b0
 def plot_curves(
@@ -260,7 +260,7 @@ def plot_curves(
     if len(ax.get_legend_handles_labels()[0]) > 1: ax.legend()
     return ax
 
-# %% ../nbs/04_learning/04_pictures.ipynb #4d97e75c
+# %% ../nbs/04_learning/04_pictures.ipynb #c9892b41
 def cosine_matrix(
     prototypes,      # (K,C); a class without pixels has a zero row
 )->torch.Tensor:     # (K,K) float64, nan in rows and columns of absent classes
@@ -277,17 +277,18 @@ def plot_similarity(
     "Cosine between prototypes, in hundredths; absent classes stay empty."
     ax, names = _axes(ax, 6.2, 6), getattr(names, 'classes', names)
     S = cosine_matrix(prototypes).fill_diagonal_(torch.nan).numpy()
-    signed = bool(np.nanmin(S, initial=0) < -.05)
-    return _heat(ax, S, names, lambda v: '' if np.isnan(v) else f'{round(100*v):d}', -1 if signed else 0, 1, signed)
+    low, high = np.nanmin(S, initial=1), np.nanmax(np.abs(S), initial=.1)
+    vmin, vmax = (-high, high) if low < -.05 else (max(0, low-.1), 1)  # numbers say how much, colours where
+    return _heat(ax, S, names, lambda v: '' if np.isnan(v) else f'{round(100*v):d}', vmin, vmax, low < -.05)
 
-# %% ../nbs/04_learning/04_pictures.ipynb #6925e434
+# %% ../nbs/04_learning/04_pictures.ipynb #1c65b76b
 def pca_2d(
     x,         # (N,C) points
 )->tuple:      # centre (C,), axes (C,2), share of the variance each axis explains (2,)
     "The two directions of largest spread; each points to where its largest entry is positive, so pictures do not flip."
     centre = x.mean(0)
     _, s, Vt = torch.linalg.svd(x - centre, full_matrices=False)
-    axes = F.pad(Vt[:2], (0, 0, 0, 2-len(Vt[:2]))).T                    # (C,2); fewer directions than two are filled with zero
+    axes = F.pad(Vt[:2], (0, 0, 0, 2-len(Vt[:2]))).T    # (C,2); missing directions are zero
     signs = axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
     share = s.square() / s.square().sum().clamp(min=1e-30)
     return centre, axes * torch.where(signs == 0, 1, signs), F.pad(share, (0, 2))[:2]
@@ -299,7 +300,7 @@ def _cover(box, others, points):
     texts = sum(max(0, min(x+w, a+c)-max(x, a)) * max(0, min(y+h, b+d)-max(y, b)) for a, b, c, d in others)
     return texts + 40*sum(x-4 < u < x+w+4 and y-4 < v < y+h+4 for u, v in points)
 
-# %% ../nbs/04_learning/04_pictures.ipynb #bbee6a5c
+# %% ../nbs/04_learning/04_pictures.ipynb #2da74959
 def label_points(
     ax,       # Axes whose limits are final
     xy,       # (N,2) points in data units
@@ -307,8 +308,8 @@ def label_points(
     size=7.5, # Font size in points
 ):
     "Write a name beside each point, where it hides the least."
-    ax.figure.draw_without_rendering()                                    # the layout must be settled before places are compared
-    at = ax.transData.transform(xy) * 72/ax.figure.dpi                    # (N,2) in points of the page
+    ax.figure.draw_without_rendering()                    # the layout must be settled before places are compared
+    at = ax.transData.transform(xy) * 72/ax.figure.dpi    # (N,2) in points of the page
     x0, y0, x1, y1 = ax.get_window_extent().extents * 72/ax.figure.dpi
     ring, boxes = [(r*math.cos(a), r*math.sin(a)) for r in (9, 17, 26) for a in np.arange(0, 6.28, math.pi/6)], []
     halo = [withStroke(linewidth=2, foreground=plt.rcParams['axes.facecolor'])]
@@ -325,7 +326,7 @@ def label_points(
         ax.annotate(text, xy[len(boxes)-1], (dx, dy), textcoords='offset points', arrowprops=line, **where)
     return ax
 
-# %% ../nbs/04_learning/04_pictures.ipynb #a94fc98d
+# %% ../nbs/04_learning/04_pictures.ipynb #e4fbdeca
 def _unit(x): return F.normalize(x.detach().float().cpu(), dim=1)
 
 def _ink(rgb):
@@ -333,13 +334,13 @@ def _ink(rgb):
     rgb = np.array(rgb)/255
     return rgb if plt.rcParams['axes.facecolor'] == '#ffffff' or rgb.mean() > .3 else .6*rgb + .4
 
-def _sample(features, labels, space, per_class=60):
+def _sample(features, labels, space, per_class=40):
     "At most so many labelled rows of each class, evenly spaced, so that the road does not drown the rest."
     rows = [(labels == k).nonzero()[:, 0] for k in range(space.num_classes)]
     keep = torch.cat([r[:: max(1, math.ceil(len(r)/per_class))] for r in rows])
     return features[keep], labels[keep]
 
-# %% ../nbs/04_learning/04_pictures.ipynb #8c828300
+# %% ../nbs/04_learning/04_pictures.ipynb #4326ddf6
 def plot_projection(
     prototypes,     # (K,C); zero rows are absent classes
     space,          # ClassSpace with names and palette
@@ -356,7 +357,7 @@ def plot_projection(
     for (domain, (f, l)), mark in zip(clouds.items(), 'ox+^'):
         x, y = ((f-centre) @ axes).T.numpy()
         colours, edge = [_ink(space.palette[i]) for i in l.tolist()], 0 if mark == 'o' else .9
-        ax.scatter(x, y, 13, colours, marker=mark, lw=edge, alpha=.55, label=domain)
+        ax.scatter(x, y, 11, colours, marker=mark, lw=edge, alpha=.5, label=domain)
     return _name_prototypes(ax, ((P-centre) @ axes).numpy(), ids, space, share)
 
 # %% ../nbs/04_learning/04_pictures.ipynb #b1e5cfc1

@@ -99,7 +99,7 @@ def stage(
         inputs = planes*block.expansion
     return nn.Sequential(*layers)
 
-# %% ../nbs/03_models/01_resnet.ipynb #5bcd6342
+# %% ../nbs/03_models/01_resnet.ipynb #b5cccd96
 class ResNet(nn.Module):
     "Stem and four stages, `layer0` to `layer4`; returns what each of the five gives."
     def __init__(self,
@@ -120,7 +120,8 @@ class ResNet(nn.Module):
         self.layer0 = stem(stem_widths, ceil_mode, pool_padding, norm)
         for i,n in enumerate(blocks):
             rates = [dilations[i]*g for g in (multi_grid if multi_grid and i == 3 else (1,)*n)]
-            self.add_module(f'layer{i+1}', stage(block, self.widths[i], planes[i], strides[i], rates, stride_first, norm))
+            part = stage(block, self.widths[i], planes[i], strides[i], rates, stride_first, norm)
+            self.add_module(f'layer{i+1}', part)
 
     def stages(self): return [getattr(self, f'layer{i}') for i in range(5)]
 

@@ -55,7 +55,7 @@ class _Collate:
     def __init__(self, collate): self.collate = collate
     def __call__(self, samples): return next((s for s in samples if isinstance(s, _Failed)), None) or self.collate(samples)
 
-# %% ../nbs/01_data/05_sampling.ipynb #2fb0773e
+# %% ../nbs/01_data/05_sampling.ipynb #1a838d7d
 class Positions:
     "The positions of each step of one rank; what a DataLoader calls a batch sampler."
     def __init__(self,
@@ -64,7 +64,9 @@ class Positions:
         first_step=0,   # Where to begin
         rank=0,         # This process
         world=1,        # Number of processes
-    ): self.steps, self.batch_size, self.first_step, self.rank, self.world = steps, batch_size, first_step, rank, world
+    ):
+        self.steps, self.batch_size, self.first_step = steps, batch_size, first_step
+        self.rank, self.world = rank, world
 
     def __len__(self): return max(0, self.steps-self.first_step)
 
@@ -73,18 +75,21 @@ class Positions:
             p = (t*self.world + self.rank)*self.batch_size
             yield list(range(p, p+self.batch_size))
 
-# %% ../nbs/01_data/05_sampling.ipynb #3147895c
+# %% ../nbs/01_data/05_sampling.ipynb #dd51f020
 def _start_worker(_):
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 def _checked(loader):
-    for batch in loader:
-        if isinstance(batch, _Failed): raise InputError(batch.message)
-        yield batch
+    it = iter(loader)
+    try:
+        for batch in it:
+            if isinstance(batch, _Failed): raise InputError(batch.message)
+            yield batch
+    finally: getattr(it, '_shutdown_workers', lambda: None)()   # now, and not when a traceback happens to be forgotten
 
-# %% ../nbs/01_data/05_sampling.ipynb #1afdfa71
+# %% ../nbs/01_data/05_sampling.ipynb #af1e4aa3
 def batches(
     make,           # position -> sample
     *,
@@ -97,10 +102,12 @@ def batches(
     collate=None,   # list of samples -> batch; PyTorch's stacking when left out
 ):                  # Iterator over the batches of steps first_step..steps-1
     "Batches whose content depends on `make` and the step, not on workers or on where the run was stopped."
-    for k, v, least in (('batch_size', batch_size, 1), ('workers', workers, 0), ('first_step', first_step, 0), ('world', world, 1)):
+    at_least = (('batch_size', batch_size, 1), ('workers', workers, 0), ('first_step', first_step, 0), ('world', world, 1))
+    for k, v, least in at_least:
         if v < least: raise InputError(f'{k} is {v}, expected at least {least}')
     if not 0 <= rank < world: raise InputError(f'rank is {rank}, expected 0..{world-1}')
-    loader = DataLoader(Samples(make), batch_sampler=Positions(steps, batch_size, first_step, rank, world), num_workers=workers,
-        collate_fn=_Collate(collate or default_collate), worker_init_fn=_start_worker, prefetch_factor=2 if workers else None,
-        pin_memory=torch.cuda.is_available(), generator=torch.Generator())   # an own generator: the global one stays untouched
+    positions = Positions(steps, batch_size, first_step, rank, world)
+    loader = DataLoader(Samples(make), batch_sampler=positions, collate_fn=_Collate(collate or default_collate),
+        num_workers=workers, worker_init_fn=_start_worker, prefetch_factor=2 if workers else None,
+        pin_memory=torch.cuda.is_available(), generator=torch.Generator())   # its own: the global one stays untouched
     return _checked(loader)

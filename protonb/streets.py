@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['SHARED_PAINT', 'GAME_PAINT', 'PHOTO_PAINT', 'SYNTHETIC', 'REAL', 'DOMAINS', 'FAR', 'CELL', 'REACH', 'ROAD', 'LINE',
-           'DASH', 'KERB', 'WALK', 'GRASS', 'RAIL', 'GROUND_PAINT', 'GROUND_CLASS', 'ROUGH', 'HOUSE', 'WALL', 'FENCE',
-           'HEDGE', 'OPEN', 'LOT_CLASS', 'LOT_HEIGHT', 'SURFACE', 'LOW_PAINT', 'SLIM', 'RIDERS', 'LEFT_THERE', 'FUZZ',
-           'Place', 'Matter', 'Light', 'Lens', 'Domain', 'paints', 'between', 'pick', 'Scene', 'project',
+           'DASH', 'KERB', 'WALK', 'GRASS', 'RAIL', 'GROUND_PAINT', 'GROUND_CLASS', 'ROUGH', 'DUSK', 'HOUSE', 'WALL',
+           'FENCE', 'HEDGE', 'OPEN', 'LOT_CLASS', 'LOT_HEIGHT', 'SURFACE', 'LOW_PAINT', 'SLIM', 'RIDERS', 'LEFT_THERE',
+           'FUZZ', 'Place', 'Matter', 'Light', 'Lens', 'Domain', 'paints', 'between', 'pick', 'Scene', 'project',
            'column_depth', 'paint', 'strip', 'lay_section', 'ground_grid', 'ground_rows', 'mark_road', 'ground_light',
            'draw_ground', 'house_shadow', 'thing_shadow', 'draw_sky', 'Lots', 'lot_palette', 'make_lots',
            'material_tiles', 'house_front', 'low_front', 'row_codes', 'row_light', 'raise_row', 'draw_row',
-           'draw_gable', 'Thing', 'part_classes', 'part_colours', 'stamp', 'billboard', 'panel', 'draw_thing', 'around',
-           'coin', 'die', 'place_parked', 'place_traffic', 'place_tram', 'place_riders', 'place_people', 'place_trees',
-           'place_furniture', 'lay_out', 'grain_tile', 'grain', 'atmosphere', 'mirror', 'lens', 'luma', 'soften',
-           'share_chroma', 'draw_scene', 'draw_street', 'Streets']
+           'draw_gable', 'Thing', 'part_classes', 'part_colours', 'stamp', 'billboard', 'panel', 'outside',
+           'draw_thing', 'around', 'coin', 'die', 'clear', 'place_parked', 'place_traffic', 'place_tram',
+           'place_riders', 'place_people', 'place_trees', 'place_furniture', 'lay_out', 'grain_tile', 'grain',
+           'atmosphere', 'mirror', 'lens', 'luma', 'soften', 'share_chroma', 'draw_scene', 'draw_street', 'Streets']
 
 # %% ../nbs/01_data/02_streets.ipynb #0cdcc8cc
 from dataclasses import dataclass, field
@@ -24,25 +24,25 @@ from .core import InputError, rng_for
 from .labels import CITYSCAPES
 from .street_parts import noise_tile, sprites
 
-# %% ../nbs/01_data/02_streets.ipynb #9567345c
+# %% ../nbs/01_data/02_streets.ipynb #be3910ec
 @dataclass(frozen=True)
 class Place:
     "Where we are; a pair is (lowest, highest) of a uniform draw for each image."
     camera:tuple = (1.35, 1.6)    # Height of the camera, metres
-    horizon:tuple = (.40, .45)    # Row of the horizon, share of the image height
+    horizon:tuple = (.42, .47)    # Row of the horizon, share of the image height
     focal:tuple = (.74, .82)      # Focal length, share of the image width
     curve:float = .002            # Strongest bend of the road, 1/metre
-    road:tuple = (3.9, 5.2)       # Half width of the road, metres
-    walk:tuple = (2.4, 3.6)       # Width of a sidewalk, metres
+    road:tuple = (3.8, 5.)        # Half width of the road, metres
+    walk:tuple = (2.8, 4.)        # Width of a sidewalk, metres
     storeys:tuple = (2, 4)        # Floors of a house, fewest and most
-    gap:float = .45               # Chance that a lot carries no house
-    verge:float = .5              # Chance of a strip of grass, for each side
-    parked:float = .4             # Chance that a parking place is taken
+    gap:float = .5                # Chance that a lot carries no house
+    verge:float = .6              # Chance of a strip of grass, for each side
+    parked:float = .5             # Chance that a parking place is taken
     traffic:float = 2.            # Mean number of vehicles on the move
-    people:float = 4.             # Mean number of persons on the sidewalks
-    trees:float = .6              # Chance of a tree at each place for one
+    people:float = 5.             # Mean number of persons on the sidewalks
+    trees:float = .75             # Chance of a tree at each place for one
 
-# %% ../nbs/01_data/02_streets.ipynb #7ae623e6
+# %% ../nbs/01_data/02_streets.ipynb #0dfed6fe
 @dataclass(frozen=True)
 class Matter:
     "What things are made of."
@@ -52,6 +52,7 @@ class Matter:
     texture:float = .05             # Strength of the grain of ground, walls and leaves
     bricks:float = 0.               # Strength of brick, panel and board patterns in it
 
+# %% ../nbs/01_data/02_streets.ipynb #7a1b148b
 @dataclass(frozen=True)
 class Light:
     "What falls on them."
@@ -63,6 +64,7 @@ class Light:
     wet:float = 0.             # Chance of a wet road that mirrors
     uneven:float = 0.          # Strongest gradient of brightness across the image, share
 
+# %% ../nbs/01_data/02_streets.ipynb #526231c5
 @dataclass(frozen=True)
 class Lens:
     "What the camera adds."
@@ -76,6 +78,7 @@ class Lens:
     noise:float = 0.           # Sensor noise, standard deviation in grey levels
     chroma:int = 1             # Side of the blocks that share one chroma value, as in a JPEG; 1 = off
 
+# %% ../nbs/01_data/02_streets.ipynb #abfc3279
 @dataclass(frozen=True)
 class Domain:
     "One world of streets."
@@ -85,7 +88,7 @@ class Domain:
     light:Light          # Sun, weather, haze
     lens:Lens            # Camera
 
-# %% ../nbs/01_data/02_streets.ipynb #fabc19d3
+# %% ../nbs/01_data/02_streets.ipynb #bce7a996
 def paints(
     text:str,  # 'name rrggbb rrggbb; name rrggbb ...'
 )->dict:       # Name -> tuple of (r,g,b)
@@ -96,6 +99,7 @@ def paints(
 SHARED_PAINT = paints('''
 tyre 18181c; case 1a1c1e; red fa3228; amber fab432; green 32eb6e; taillight cd1e1e; headlight faf8e1; sign_led f5aa28; plate ebebe1''')
 
+# %% ../nbs/01_data/02_streets.ipynb #0573300c
 GAME_PAINT = SHARED_PAINT | paints('''
 zenith 3080ec 3c8cf0; horizon a8d8fc; cloud ffffff; haze bedcfa
 road 5c6274; line fafafa; kerb cdc8cd; walk d6b28e deb896; grass 68c83e 78d046; rail 3c3c50
@@ -105,34 +109,35 @@ wall b0785a c08a60; fence 784696 465aaa f0f0fa; hedge 288c32 38a03c; leaf 2ea830
 car e22024 1e5adc fad228 f5f5fa 28b45a fa821e 783cb4; glass 466e96; chrome c8cdd2
 truck 286ed2 dc3c28 fab41e; cargo f0f0fa 5ac8e6 fac83c; bus fabe14 e62832; bus_band ffffff; train 1eaaa0 d2286e; train_band ffffff
 skin f0be96 966446; hair 462814 f0c85a; cloth f03c3c 3c78f0 fadc3c 3cc878 f078c8; trousers 283c96 503c32 323240; shoes fafafa
-bag b4501e; bicycle e62828 285adc 28aa50; motorcycle dc1e1e 283cc8 fa9614
+helmet fa8c14 f0f0f0 1e1e1e; jersey ff6400 aaf01e; bag b4501e; bicycle e62828 285adc 28aa50; motorcycle dc1e1e 283cc8 fa9614
 pole 969caa; lamp fffad2; sign_red e11923; sign_white ffffff; sign_blue 1e5ae1; sign_yellow ffcd1e''')
 
+# %% ../nbs/01_data/02_streets.ipynb #e5ffca8f
 PHOTO_PAINT = SHARED_PAINT | paints('''
-zenith 96b0cc 84a4c8; horizon dce2e6; cloud eceef0; haze d4d8da
-road 76726c 66645f 827a70; line d6d4ca; kerb 96928a; walk 86827e 7a7878 948a80; grass 6e6c44 626840 867a50; rail 4a443e
-facade a89c88 86654f bcb29e 8c8a88 a8906c 745c4c cac4b4 9a7860; roof 645046 4e4c4e 785848; trim c8c0b0 8a8278
-window 32363c 444c54; lit 9ca8b4; blind b8b4a6; frame c6c2b8 7c746a; shop 565452 6e463e 42505c 8a7c5e
-wall 7e7870 706258 8c867e; fence 404844 605c58 4c423a; hedge 38442a 465030; leaf 46562e 56602e 6a6634 3c4a2c; trunk 423a32
-car 202226 bcbec0 787c82 343c4e 702422 dedede 505458; glass 2a3036; chrome 969698
-truck ceceCA 3c4c68 782c28; cargo c8c6c0 969490 6e7480; bus c4bcaa 80302c 466278; bus_band 5a5a5e; train beac5c b0b0ac; train_band 822826
-skin ba927a 705242; hair 2c2420 685846; cloth 2c2e36 5c4a42 465060 803434 96928c 3c4a3e; trousers 282e3e 242426 585044; shoes 282422
-bag 46362c; bicycle 2c2c30 5a2c2a 3c4c5c; motorcycle 242428 6e1e1e 3c424e
-pole 707270 585a5a; lamp c4c2b8; sign_red b42a2c; sign_white dcdcd6; sign_blue 2c4c94; sign_yellow d6b03c''')
+zenith 7da4d4 729ed2; horizon cfe0ec; cloud f1f2f4; haze cfd9e2
+road 706e6e 646464 797471; line dfded6; kerb a4a09b; walk 9a8e82 938880 a59484; grass 6d8343 688242 7f8e4c; rail 474243
+facade b8917b a27f55 abb4aa a58d82 bba787 876369 d0aa9b 948c73; roof 764a40 59484a 715654; trim d6d0c4 a69e91
+window 374458 4a5c71; lit a5b8c6; blind c9c6b9; frame d4d1ca 9c9387; shop 506c5c 8c443e 41537a a6884e
+wall 8b786b 846c5a 958375; fence 4e4859 5a5c6d 756e6a; hedge 34562c 436433; leaf 406b2f 567831 577036 39622d; trunk 514030
+car 2c2e34 c2c4c8 7c8690 3a4c70 86302c e0dedc 5a5e60 3c5a4c; glass 3d4f5f; chrome a3a4a7
+truck a5b6cc 644858 994e26; cargo d2d1cf 87a1a6 91896f; bus d2bd85 9a2e2e 73795f; bus_band 838386; train c6b26a aab6b2; train_band 93403c
+skin c89d81 7a5743; hair 33251d 8a744b; cloth 3a3c46 6a5244 4c5c74 863c3a a09a90 4c6450; trousers 2a3044 2c2a2a 5a5244; shoes 5d5a58
+helmet c6aa89 5c5d60 692926; jersey b4aa36 a86432 8098a6; bag 623d29; bicycle 3a3c42 68322e 3e5472 446050; motorcycle 303036 7a2826 44506a
+pole 7a7d7f 686b6e; lamp d3d0bf; sign_red bf262a; sign_white e5e5e0; sign_blue 2950a7; sign_yellow e0b735''')
 
-# %% ../nbs/01_data/02_streets.ipynb #b50be86c
+# %% ../nbs/01_data/02_streets.ipynb #329087f2
 SYNTHETIC = Domain('synthetic', Place(), Matter(GAME_PAINT), Light(), Lens())
 
 REAL = Domain('real',
-    Place(camera=(1.15,1.45), horizon=(.41,.49), focal=(.82,.98), curve=.004, road=(3.4,4.8), walk=(2.,4.4), storeys=(3,6), gap=.42,
-          verge=.55, parked=.55, traffic=2.2, people=5., trees=.62),
+    Place(camera=(1.15,1.45), horizon=(.43,.50), focal=(.82,.98), curve=.004, road=(3.4,4.6), walk=(2.4,4.8), storeys=(2,5), gap=.5,
+          verge=.6, parked=.55, traffic=2., people=6., trees=.75),
     Matter(PHOTO_PAINT, jitter=16., relief=.95, texture=.24, bricks=.8),
     Light(sun=(.3,.6), soft=.5, haze=(110.,320.), overcast=.4, dusk=.2, wet=.25, uneven=.25),
-    Lens(exposure=(.9,1.2), tint=.05, fade=.06, contrast=.5, black=8., vignette=.35, blur=.4, noise=4., chroma=4))
+    Lens(exposure=(1.,1.32), tint=.05, fade=.06, contrast=.5, black=8., vignette=.35, blur=.4, noise=4., chroma=4))
 
 DOMAINS = {'synthetic': SYNTHETIC, 'real': REAL}
 
-# %% ../nbs/01_data/02_streets.ipynb #af4ec699
+# %% ../nbs/01_data/02_streets.ipynb #c5cb3ce5
 FAR = 1e5             # Depth of the sky, metres
 CELL,REACH = 20,40    # The section of a street: cells per metre, metres to each side
 
@@ -144,6 +149,7 @@ def pick(rng, options):
     "One of a sequence."
     return options[int(rng.random()*len(options))]
 
+# %% ../nbs/01_data/02_streets.ipynb #8f4b05a9
 class Scene:
     "One street while it is drawn: camera, weather, buffers; the layout is added by `lay_out`."
     def __init__(self, domain, rng, size):
@@ -152,9 +158,11 @@ class Scene:
         self.cam,self.f = between(rng, p.camera),between(rng, p.focal)*self.W        # height in metres, focal length in pixels
         self.v0,self.u0 = between(rng, p.horizon)*self.H,(.44 + .12*rng.random())*self.W  # vanishing point
         self.bend = p.curve*(2*rng.random()-1)                                       # x of the road's middle grows with bend*z*z
-        self.weather = 'overcast' if rng.random() < l.overcast else 'dusk' if rng.random() < l.dusk else 'clear'
-        self.wet,self.sunside,self.low_sun = rng.random() < l.wet,pick(rng, (-1, 1)),.3 + .5*rng.random()
-        self.dark = 0. if self.weather=='overcast' else between(rng, l.sun)
+        grey,late,self.wet,self.dark = rng.random() < l.overcast,rng.random() < l.dusk,rng.random() < l.wet,between(rng, l.sun)
+        self.weather = 'overcast' if grey else 'dusk' if late else 'clear'
+        if grey: self.dark = 0.                                                      # no cast shadows
+        self.sunside,self.low_sun = pick(rng, (-1, 1)),.3 + .5*rng.random()
+        self.tone = 1 + (np.arange(16)-10)*(.1*domain.matter.relief)
         self.image = np.zeros((3, self.H, self.W), np.uint8)
         self.label = np.zeros((self.H, self.W), np.uint8)
         self.depth = np.full((self.H, self.W), FAR, np.float32)
@@ -217,7 +225,7 @@ def lay_section(sc):
         strip(sc, e - s*.4, e - s*.27, LINE)
     strip(sc, sc.mid-.09, sc.mid+.09, DASH)
 
-# %% ../nbs/01_data/02_streets.ipynb #511960de
+# %% ../nbs/01_data/02_streets.ipynb #e6eef5a6
 def ground_grid(sc):
     "Ground coordinates of every pixel below the horizon, and the material there."
     sc.r0 = min(int(sc.v0 + .5), sc.H-1)
@@ -232,6 +240,7 @@ def ground_rows(sc, near, far):
     n = len(sc.z)
     return slice(*(min(max(int(sc.v0 + sc.f*sc.cam/max(q, .5) - sc.r0), 0), n) for q in (far, near)))
 
+# %% ../nbs/01_data/02_streets.ipynb #788f2ae5
 def mark_road(sc):
     "What changes along the street: side roads, dashes, the crossing."
     m = sc.material
@@ -247,7 +256,7 @@ def mark_road(sc):
         road = (m[r] < KERB) | (m[r]==RAIL)
         m[r] = np.where(road, np.where(sc.cell[r]//11 % 2 > 0, LINE, ROAD), m[r])
 
-# %% ../nbs/01_data/02_streets.ipynb #15af8ba5
+# %% ../nbs/01_data/02_streets.ipynb #8e0912cd
 ROUGH = np.array((.6, .35, .6, .5, .6, 1.4, .6), np.float32)  # How rough each ground material is
 
 def ground_light(sc):
@@ -262,6 +271,7 @@ def ground_light(sc):
     light[near:][joint] *= .84
     return light
 
+# %% ../nbs/01_data/02_streets.ipynb #a9ba1292
 def draw_ground(sc):
     "Look up the material of each pixel, colour it, darken it where the sun is hidden."
     ground_grid(sc)
@@ -275,7 +285,7 @@ def draw_ground(sc):
     sc.label[sc.r0:] = GROUND_CLASS.take(sc.material)
     sc.depth[sc.r0:] = sc.z[:,None]
 
-# %% ../nbs/01_data/02_streets.ipynb #74c3c1ea
+# %% ../nbs/01_data/02_streets.ipynb #954812da
 def house_shadow(sc):
     "The houses on the sunny side throw their shadow aslant across the street; factor (rows,W)."
     lots,s = sc.rows[sc.sunside],sc.sunside
@@ -286,6 +296,7 @@ def house_shadow(sc):
     depth = (height.take(where) - away)/(.05 + 2*sc.domain.light.soft) + .5
     return 1 - sc.dark*np.minimum(np.maximum(depth, 0), 1)
 
+# %% ../nbs/01_data/02_streets.ipynb #3d2376ef
 def thing_shadow(sc, light, t):
     "Darken an ellipse of the ground under a thing, moved away from the sun."
     rx,rz = t.foot
@@ -299,13 +310,15 @@ def thing_shadow(sc, light, t):
     inside = (1 - a*a - b*b)/(.05 + sc.domain.light.soft)
     light[r,c] *= 1 - strength*np.minimum(np.maximum(inside, 0), 1)
 
-# %% ../nbs/01_data/02_streets.ipynb #9cef4f64
+# %% ../nbs/01_data/02_streets.ipynb #e05680f4
+DUSK = np.array(((.62,.6,.7), (1.08,.86,.66), (.95,.74,.66)), np.float32)  # colour of zenith, horizon and clouds after sunset
+
 def draw_sky(sc):
     "A gradient from the zenith to the horizon, with clouds cut out of a noise tile."
     rng,n = sc.rng,min(int(sc.v0)+1, sc.H)
     top,low,cloud = (np.array(paint(sc, p), np.float32) for p in ('zenith', 'horizon', 'cloud'))
     if sc.weather=='overcast': top = cloud*np.float32(.86)
-    if sc.weather=='dusk': top,low,cloud = (c*np.array(w, np.float32) for c,w in ((top,(.62,.6,.7)), (low,(1.08,.86,.66)), (cloud,(.95,.74,.66))))
+    if sc.weather=='dusk': top,low,cloud = top*DUSK[0],low*DUSK[1],cloud*DUSK[2]
     t = np.arange(n, dtype=np.float32)/n
     i = (np.arange(n)*192//sc.H + int(rng.random()*256)) & 255
     j = (np.arange(sc.W)*192//sc.W + int(rng.random()*256)) & 255
@@ -316,10 +329,10 @@ def draw_sky(sc):
     sc.image[:,:n] = np.minimum(np.maximum(sky + (cloud[:,None,None]-sky)*a, 0), 255)
     sc.label[:],sc.low = CITYSCAPES.index('sky'),low
 
-# %% ../nbs/01_data/02_streets.ipynb #523318a8
+# %% ../nbs/01_data/02_streets.ipynb #21f4fb49
 HOUSE,WALL,FENCE,HEDGE,OPEN = range(5)
 LOT_CLASS = np.array([CITYSCAPES.index(c) for c in ('building', 'wall', 'fence', 'vegetation', 'building')], np.uint8)
-LOT_HEIGHT = np.array(((0,0), (1.4,3.2), (1.1,2.), (1.2,3.4), (0,0)), np.float32)  # lowest and highest, metres; houses count storeys
+LOT_HEIGHT = np.array(((0,0), (1.4,3.2), (1.1,2.), (1.2,3.4), (0,0)), np.float32)  # lowest and highest, metres, of all but houses
 SURFACE = 'facade', 'window', 'lit', 'blind', 'frame', 'shop', 'roof', 'trim'      # what surface codes 1..8 show
 
 @dataclass
@@ -336,12 +349,13 @@ class Lots:
     tile:np.ndarray     # (L,) which material pattern
     palette:np.ndarray  # (3,9*L) float32 colours; surface c of lot i is column 9*i+c
 
-# %% ../nbs/01_data/02_streets.ipynb #5bd85fdb
+# %% ../nbs/01_data/02_streets.ipynb #faccf58c
 LOW_PAINT = 'wall', 'fence', 'hedge'
 
 @lru_cache(None)
 def _options(colours): return np.array(colours, np.float32)
 
+# %% ../nbs/01_data/02_streets.ipynb #a10fbfd8
 def lot_palette(sc, kind):
     "Colours of every surface of every lot, (3,9*L)."
     m,L,names = sc.domain.matter,len(kind),SURFACE + LOW_PAINT
@@ -356,6 +370,7 @@ def lot_palette(sc, kind):
     table[8,kind>HOUSE] = table[1,kind>HOUSE]*np.float32(.8)
     return np.ascontiguousarray(table[:9].transpose(2, 1, 0).reshape(3, -1))
 
+# %% ../nbs/01_data/02_streets.ipynb #68e7672b
 def make_lots(
     sc,             # Scene
     x:float,        # Where the row stands, metres from the camera
@@ -375,9 +390,10 @@ def make_lots(
     height = np.where(house, (storeys*floor + roof)*tall, low + (high-low)*u[4])
     width = np.where(house, 9 + 9*u[5], 6 + 8*u[5])
     edges = start - 7*u[6,0] + np.concatenate([np.zeros(1, np.float32), np.cumsum(width)])
-    return Lots(x, edges.astype(np.float32), kind, height, roof, floor, 1.9 + 1.6*u[7], .16 + .14*u[8], (u[9]*4).astype(np.int32) & 3, lot_palette(sc, kind))
+    bay,pane,tile = 1.9 + 1.6*u[7], .16 + .14*u[8], (u[9]*4).astype(np.int32) & 3
+    return Lots(x, edges.astype(np.float32), kind, height, roof, floor, bay, pane, tile, lot_palette(sc, kind))
 
-# %% ../nbs/01_data/02_streets.ipynb #55251c55
+# %% ../nbs/01_data/02_streets.ipynb #289b6e72
 @lru_cache(None)
 def material_tiles()->np.ndarray:  # (4,64,64) float32 in -1..1
     "Plaster, bricks, panels and boards at sixteen cells a metre."
@@ -388,6 +404,7 @@ def material_tiles()->np.ndarray:  # (4,64,64) float32 in -1..1
     board = np.where(j % 4 < 1, -.9, .3*fine)
     return np.stack([fine, brick, panel, board]).astype(np.float32)
 
+# %% ../nbs/01_data/02_streets.ipynb #1b85fb5d
 def house_front(
     lots:Lots,  # The row
     lot,        # (n,) lot of each column
@@ -400,7 +417,8 @@ def house_front(
     fy,fx,pane = q-level,p-axis,lots.pane[lot]
     body = lots.height[lot] - lots.roof[lot]
     inside,framed = (fx > pane) & (fx < 1-pane),(fx > pane-.07) & (fx < 1.07-pane)
-    dice = noise_tile(((64,1),), 64, 3).take((((level.astype(np.int32)*5 + lot*11) & 63)*64) + ((axis.astype(np.int32)*7 + lot) & 63))
+    row,col = level.astype(np.int32)*5 + lot*11,axis.astype(np.int32)*7 + lot
+    dice = noise_tile(((64,1),), 64, 3).take((row & 63)*64 + (col & 63))
     code = (1 + 7*(fy < .07)).astype(np.uint8)
     up = (level > 0) & (y < body - .5)
     code[up & framed & (fy > .25) & (fy < .87)] = 5
@@ -411,7 +429,7 @@ def house_front(
     code[y > body] = 7
     return code
 
-# %% ../nbs/01_data/02_streets.ipynb #647a9c18
+# %% ../nbs/01_data/02_streets.ipynb #8e2a510f
 def low_front(kind, s, y, height):
     "Surface code of walls, fences and hedges; 0 lets what is behind show through."
     if kind==FENCE: return (s*2.5 - np.floor(s*2.5) < .32) | (y > height-.16) | ((y > .2) & (y < .36))
@@ -429,6 +447,7 @@ def row_codes(lots, lot, s, y):
     ragged = noise_tile(((64,1),), 64, 4)[7].take((s*5).astype(np.int32) & 63)
     return code,np.where(kind==HEDGE, height*(.85 + .15*ragged), height)
 
+# %% ../nbs/01_data/02_streets.ipynb #740520d6
 def row_light(sc, lots, lot, s, y, z, code):
     "Material pattern, stains and the darkness near the ground: a factor (m,n) on the colour."
     m = sc.domain.matter
@@ -439,7 +458,7 @@ def row_light(sc, lots, lot, s, y, z, code):
     pattern = np.where(flat, 0, pattern*(np.minimum(1, 18/z)*(.3 + m.bricks)))
     return 1 + m.texture*(pattern + .7*stain - .8*np.maximum(1 - y*.5, 0))
 
-# %% ../nbs/01_data/02_streets.ipynb #da4ec5d5
+# %% ../nbs/01_data/02_streets.ipynb #57d1a383
 def raise_row(
     sc,          # Scene
     lots:Lots,   # The row
@@ -462,6 +481,7 @@ def raise_row(
     np.copyto(sc.label[rows,cols], LOT_CLASS[lots.kind[lot]], where=seen)
     np.copyto(sc.depth[rows,cols], z, where=seen)
 
+# %% ../nbs/01_data/02_streets.ipynb #9deab41b
 def draw_row(sc, lots, light=1.):
     "A row along the street, and the gables that face the camera where a gap lets them be seen."
     z,last = column_depth(sc, lots.x),float(lots.edges[-1])
@@ -473,6 +493,7 @@ def draw_row(sc, lots, light=1.):
     for i in range(1, len(lots.kind)):
         if lots.kind[i]==HOUSE and lots.kind[i-1] != HOUSE and 3 < lots.edges[i] < 60: draw_gable(sc, lots, i, light)
 
+# %% ../nbs/01_data/02_streets.ipynb #5136aa3c
 def draw_gable(sc, lots, i, light):
     "The side of house `i` that looks at the camera, eleven metres deep."
     z = float(lots.edges[i])
@@ -483,7 +504,7 @@ def draw_gable(sc, lots, i, light):
     s = (np.arange(cols.start, cols.stop, dtype=np.float32) + .5 - a)*(z/sc.f)
     raise_row(sc, lots, cols, np.full(n, i), s, np.full(n, z, np.float32), light*(.8 if sc.dark else .94))
 
-# %% ../nbs/01_data/02_streets.ipynb #09cafa6d
+# %% ../nbs/01_data/02_streets.ipynb #370e3753
 @dataclass
 class Thing:
     "Something that stands in the street."
@@ -501,6 +522,7 @@ class Thing:
         if self.side: return 1.05*sprites()[self.name][0].width/2, sprites()[self.side][0].width/2 + .3
         return max(.25, .5*sprites()[self.name][0].width*self.scale*(self.name not in SLIM)), .35
 
+# %% ../nbs/01_data/02_streets.ipynb #6a952fad
 SLIM = 'lamp', 'light', 'light_arm', 'sign', 'board'  # Too thin to throw a shadow worth drawing
 
 @lru_cache(None)
@@ -514,11 +536,10 @@ def part_colours(sc, sprite, chosen, light=1.):
     "Lookup table (3,256) from the code of a sprite to its colour; `chosen` keeps the paints of one thing together."
     for _,p in sprite.parts:
         if p not in chosen: chosen[p] = paint(sc, p)
-    tone = light*(1 + (np.arange(16)-10)*(.1*sc.domain.matter.relief))
-    mix = np.array([(0,0,0), *(chosen[p] for _,p in sprite.parts)]).T[:,:,None]*tone
+    mix = np.array([(0,0,0), *(chosen[p] for _,p in sprite.parts)]).T[:,:,None]*(light*sc.tone)
     return np.minimum(np.maximum(mix, 0), 255).astype(np.uint8).reshape(3, -1)
 
-# %% ../nbs/01_data/02_streets.ipynb #8f555dbd
+# %% ../nbs/01_data/02_streets.ipynb #b30d069c
 def stamp(sc, sprite, r0, c0, code, z, lut):
     "Put a patch of sprite codes with its upper left corner at (r0,c0), wherever nothing nearer stands."
     here = slice(r0, r0+code.shape[0]),slice(c0, c0+code.shape[1])
@@ -539,6 +560,7 @@ def billboard(sc, t, sprite, lut):
     i = np.minimum(np.maximum((np.arange(r0, r1) + .5 - top)*(sprite.ppm/k), 0), h-1).astype(np.int32)
     stamp(sc, sprite, r0, c0, sprite.code[i][:,w-1-j if t.flip else j], np.float32(t.z), lut)
 
+# %% ../nbs/01_data/02_streets.ipynb #0a8610fb
 def panel(sc, sprite, x, z0, lut, flip):
     "Stand a sprite along the street from depth z0 on: the long side of a vehicle."
     z,(h,w),z1 = column_depth(sc, x),sprite.code.shape,z0 + sprite.width
@@ -554,20 +576,27 @@ def panel(sc, sprite, x, z0, lut, flip):
     code = sprite.code.take(i.clip(0, h-1)*w + (w-1-j if flip else j))*((i >= 0) & (i < h))
     stamp(sc, sprite, r0, c0, code, z, lut)
 
-# %% ../nbs/01_data/02_streets.ipynb #db35b870
+# %% ../nbs/01_data/02_streets.ipynb #a9455b80
+def outside(sc, t, width):
+    "Whether a billboard of this width, metres, misses the image."
+    u,_,k = project(sc, t.x, t.z)
+    return abs(u - sc.W/2) > sc.W/2 + width*t.scale*k/2 + 1
+
 def draw_thing(sc, t):
     "A billboard; a vehicle that points along the street is a box of two faces."
     chosen,options = {},sprites()[t.name]
     sprite = options[t.variant % len(options)]
+    if not t.side and outside(sc, t, sprite.width): return
     lut = part_colours(sc, sprite, chosen)
     if t.side:
         sides = sprites()[t.side]
         side = sides[t.variant % len(sides)]
         inner = -1 if t.x + sc.bend*t.z*t.z > 0 else 1
-        panel(sc, side, t.x + inner*(sprite.width/2 - .04), t.z, part_colours(sc, side, chosen, .78 if sc.dark else .9), t.name.endswith('front'))
+        paints = part_colours(sc, side, chosen, .78 if sc.dark else .9)
+        panel(sc, side, t.x + inner*(sprite.width/2 - .07), t.z, paints, t.name.endswith('front'))
     billboard(sc, t, sprite, lut)
 
-# %% ../nbs/01_data/02_streets.ipynb #c481e3b2
+# %% ../nbs/01_data/02_streets.ipynb #be012294
 def around(rng, mean):
     "A whole number near `mean`, at random."
     return int(mean*(.3 + 1.4*rng.random()) + rng.random())
@@ -576,16 +605,22 @@ def coin(rng): return rng.random() < .5
 
 def die(rng, n): return int(rng.random()*n)
 
+def clear(sc, x, z0, z1, wide):
+    "Take away vehicles that would stand in something between the depths z0 and z1."
+    def free(t): return abs(t.x-x) > wide or t.z > z1+.6 or t.z + sprites()[t.side][0].width < z0-.6
+    sc.things = [t for t in sc.things if not t.side or free(t)]
+
 def place_parked(sc):
     "Cars along the kerb, looking our way on the right and towards us on the left."
     rng = sc.rng
     for s in (-1, 1):
         z = 5 + 4*rng.random() if rng.random() < .75 else 99
         while z < 55:
-            car = 'car_rear' if s > 0 else 'car_front'
-            if rng.random() < sc.domain.place.parked: sc.things.append(Thing(car, sc.edge[s]-s*1.1, z, variant=die(rng, 2), side='car_side'))
+            car = Thing('car_rear' if s > 0 else 'car_front', sc.edge[s]-s*1.1, z, variant=die(rng, 2), side='car_side')
+            if rng.random() < sc.domain.place.parked: sc.things.append(car)
             z += 5.6 + 1.5*rng.random()
 
+# %% ../nbs/01_data/02_streets.ipynb #ec2b122a
 def place_traffic(sc):
     "Vehicles on the move in both lanes, and now and then one that crosses."
     rng = sc.rng
@@ -595,22 +630,26 @@ def place_traffic(sc):
             name = pick(rng, ('truck', 'bus')) if rng.random() < .2 else 'car'
             end = 'rear' if s > 0 else 'front'
             x = sc.mid + s*(sc.half*.5 - .8 + .3*rng.random())
+            clear(sc, x, z, z + sprites()[f'{name}_side'][0].width, 2.)
             sc.things.append(Thing(f'{name}_{end}', x, z, variant=die(rng, 2), side=f'{name}_side'))
             z += 12 + 14*rng.random()
     if rng.random() < .2:
         name = pick(rng, ('truck_side', 'bus_side', 'car_side', 'car_side'))
-        sc.things.append(Thing(name, 8*(rng.random()-.5), 14 + 12*rng.random(), 1., coin(rng), die(rng, 2)))
+        x,z = 8*(rng.random()-.5),14 + 12*rng.random()
+        clear(sc, x, z-1.2, z+1.2, 7.)
+        sc.things.append(Thing(name, x, z, 1., coin(rng), die(rng, 2)))
 
+# %% ../nbs/01_data/02_streets.ipynb #45894de4
 def place_tram(sc):
     "A tram on rails comes towards us in the other lane, which it has for itself."
     x = sc.mid - sc.half*.42
     for r in (-.72, .72): strip(sc, x+r-.05, x+r+.05, RAIL)
-    sc.things = [t for t in sc.things if abs(t.x-x) > 2.3]
+    clear(sc, x, 0, 99, 2.3)
     sc.things.append(Thing('tram_front', x, 10 + 12*sc.rng.random(), side='tram_side'))
 
-# %% ../nbs/01_data/02_streets.ipynb #cd5f9f93
-RIDERS = ('cyclist', .17), ('cyclist_rear', .15), ('biker', .1), ('biker_rear', .12)  # name, chance in an image
-LEFT_THERE = ('bicycle', .4, 4), ('motorcycle', .17, 3)                             # name, chance, most of them
+# %% ../nbs/01_data/02_streets.ipynb #7c558e10
+RIDERS = ('cyclist', .2), ('cyclist_rear', .17), ('biker', .14), ('biker_rear', .14)  # name, chance in an image
+LEFT_THERE = ('bicycle', .42, 4), ('motorcycle', .2, 3)                             # name, chance, most of them
 
 def place_riders(sc):
     "Bicycles and motorcycles: ridden along the kerb or across, and left standing on the sidewalk."
@@ -619,14 +658,17 @@ def place_riders(sc):
         if rng.random() > chance: continue
         s = pick(rng, (-1, 1))
         x = sc.mid + s*sc.half*(.55 + .3*rng.random()) if name.endswith('rear') else sc.mid + s*sc.half*(.2 + rng.random())
-        sc.things.append(Thing(name, x, 5 + 7*rng.random(), 1., coin(rng)))
+        z = 5 + 6*rng.random()
+        clear(sc, x, z-.4, z+.4, 1.2 if name.endswith('rear') else 1.9)
+        sc.things.append(Thing(name, x, z, 1.1, coin(rng)))
     for name,chance,most in LEFT_THERE:
         if rng.random() > chance: continue
         s,z = pick(rng, (-1, 1)),5.5 + 6*rng.random()
         for _ in range(1 + die(rng, most)):
-            sc.things.append(Thing(name, sc.edge[s] + s*(.9 + .6*rng.random()), z, 1.05, coin(rng)))
+            sc.things.append(Thing(name, sc.edge[s] + s*(.9 + .6*rng.random()), z, 1.1, coin(rng)))
             z += 1. + rng.random()
 
+# %% ../nbs/01_data/02_streets.ipynb #b1c77954
 def place_people(sc):
     "Persons on the sidewalks, and some on the crossing."
     rng = sc.rng
@@ -634,10 +676,12 @@ def place_people(sc):
     for _ in range(around(rng, sc.domain.place.people)):
         s,u = pick(rng, (-1, 1)),rng.random()
         spots.append((sc.edge[s] + s*(.5 + (abs(sc.front[s]-sc.edge[s])-.8)*u), 5.5 + 26*rng.random()*rng.random()))
-    if sc.crossing: spots += [(sc.mid + sc.half*(2*rng.random()-1), sc.crossing + .5 + 2*rng.random()) for _ in range(die(rng, 3))]
+    for _ in range(die(rng, 3)*(sc.crossing > 0)):
+        spots.append((sc.mid + sc.half*(2*rng.random()-1), sc.crossing + .5 + 2*rng.random()))
+        clear(sc, *spots[-1], spots[-1][1], 1.2)
     for x,z in spots: sc.things.append(Thing('person', x, z, .92 + .14*rng.random(), coin(rng), die(rng, 4)))
 
-# %% ../nbs/01_data/02_streets.ipynb #bfa6748f
+# %% ../nbs/01_data/02_streets.ipynb #64f49ba2
 def place_trees(sc):
     "A line of trees on each side, by the kerb or behind the front, with bushes on the grass."
     rng = sc.rng
@@ -645,10 +689,13 @@ def place_trees(sc):
         kind,z,back = die(rng, 4),6 + 6*rng.random(),coin(rng)
         while z < 60:
             x = sc.front[s] + s*(1.5 + rng.random()) if back else sc.edge[s] + s*(1. + .4*rng.random())
-            if rng.random() < sc.domain.place.trees: sc.things.append(Thing('tree', x, z, .8 + .55*rng.random(), coin(rng), kind))
-            if sc.verge[s] and rng.random() < .35: sc.things.append(Thing('bush', sc.front[s] - s*.8, z+3, .8 + .6*rng.random(), coin(rng), die(rng, 2)))
+            tree = Thing('tree', x, z, .85 + .6*rng.random(), coin(rng), kind)
+            bush = Thing('bush', sc.front[s] - s*.8, z+3, .8 + .6*rng.random(), coin(rng), die(rng, 2))
+            if rng.random() < sc.domain.place.trees: sc.things.append(tree)
+            if sc.verge[s] and rng.random() < .35: sc.things.append(bush)
             z += 6 + 4*rng.random()
 
+# %% ../nbs/01_data/02_streets.ipynb #90ac0dbe
 def place_furniture(sc):
     "Lamps, signs, and lights at the crossing."
     rng = sc.rng
@@ -664,12 +711,12 @@ def place_furniture(sc):
             z = sc.crossing - .3 if s > 0 else sc.crossing + 3.5
             sc.things.append(Thing(pick(rng, ('light', 'light', 'light_arm')), sc.edge[s] + s*.5, z, 1.15, s > 0))
 
-# %% ../nbs/01_data/02_streets.ipynb #370ccf0d
+# %% ../nbs/01_data/02_streets.ipynb #627572fc
 def lay_out(sc):
     "Decide everything about the place before the first pixel is drawn."
     rng,gap = sc.rng,sc.domain.place.gap
     lay_section(sc)
-    sc.rows = {s: make_lots(sc, sc.front[s], gap, (WALL, FENCE, HEDGE, OPEN, WALL)) for s in (-1, 1)}
+    sc.rows = {s: make_lots(sc, sc.front[s], gap, (WALL, FENCE, HEDGE, OPEN, HEDGE, WALL)) for s in (-1, 1)}
     sc.behind = {s: make_lots(sc, sc.front[s] + s*(13 + 6*rng.random()), .2, (OPEN,), tall=1.2) for s in (-1, 1)}
     sc.rails = [make_lots(sc, sc.edge[s] + s*.3, 1., (FENCE,), 5 + 6*rng.random(), L=2) for s in (-1, 1) if rng.random() < .1]
     sc.crossing = 7.5 + 10*rng.random() if rng.random() < .45 else 0.
@@ -678,10 +725,9 @@ def lay_out(sc):
     if rng.random() < .12: place_tram(sc)
     for place in (place_riders, place_people, place_trees, place_furniture): place(sc)
 
-# %% ../nbs/01_data/02_streets.ipynb #5329383c
-FUZZ = np.zeros(19, np.float32)  # How much grain each class of things shows
-for _name,_fuzz in (('vegetation',1.6), ('terrain',.3), ('person',.5), ('rider',.5), ('car',.2), ('truck',.25), ('bus',.2), ('train',.2), ('wall',.4)):
-    FUZZ[CITYSCAPES.index(_name)] = _fuzz
+# %% ../nbs/01_data/02_streets.ipynb #de12171b
+_FUZZ = dict(vegetation=1.6, terrain=.3, wall=.4, person=.5, rider=.5, car=.2, truck=.2, bus=.2, train=.2)
+FUZZ = np.array([_FUZZ.get(c, 0) for c in CITYSCAPES.classes], np.float32)  # How much grain each class shows
 
 @lru_cache(None)
 def grain_tile()->np.ndarray:  # (3,256,256) float32, mean 0, standard deviation about 1
@@ -694,6 +740,7 @@ def grain(rng, shape, channels):
     i,j = ((np.arange(n) + int(rng.random()*256)) & 255 for n in shape)
     return grain_tile()[:channels].take(i, 1).take(j, 2)
 
+# %% ../nbs/01_data/02_streets.ipynb #2ceaed34
 def atmosphere(sc, img):
     "Leaves and cloth get grain, wet ground mirrors, distance turns to haze, light is uneven."
     l,rng = sc.domain.light,sc.rng
@@ -705,17 +752,19 @@ def atmosphere(sc, img):
     gx,gy = l.uneven*(2*rng.random()-1),l.uneven*(2*rng.random()-1)
     u,v = ((np.arange(n, dtype=np.float32) + .5)/n - .5 for n in (sc.W, sc.H))
     img *= (1 + gy*v)[:,None] + gx*u
-    if sc.weather != 'clear': img *= np.array((.84,.74,.7) if sc.weather=='dusk' else (.94,.97,1.), np.float32)[:,None,None]
+    if sc.weather != 'clear': img *= np.array((.95,.83,.76) if sc.weather=='dusk' else (.94,.97,1.), np.float32)[:,None,None]
 
+# %% ../nbs/01_data/02_streets.ipynb #bc5f519b
 def mirror(sc, img):
     "A wet road: darker, and with the upside-down picture of what stands behind it."
     n = min(sc.H-sc.r0, sc.r0)
     ground = sc.label[sc.r0:sc.r0+n] < 2
     part,above,rows = img[:,sc.r0:sc.r0+n],img[:,sc.r0-n:sc.r0][:,::-1],np.arange(n)
     smear = sum(above.take(np.minimum(rows + q*sc.H//96, n-1), 1) for q in (0, 2, 5, 9))
-    np.copyto(part, part*.68 + smear*.075, where=ground)
+    fade = (1 - np.arange(n, dtype=np.float32)/n)[:,None]
+    np.copyto(part, part*(.82 - .16*fade) + smear*(.08*fade), where=ground)
 
-# %% ../nbs/01_data/02_streets.ipynb #0af255ab
+# %% ../nbs/01_data/02_streets.ipynb #832e02ab
 def lens(sc, img):
     "Exposure, white balance, fading, tone curve, dark corners, softness, noise, shared chroma; img (3,H,W) float32."
     o,rng = sc.domain.lens,sc.rng
@@ -734,6 +783,7 @@ def lens(sc, img):
     if o.chroma > 1: img = share_chroma(img, o.chroma)
     return np.minimum(np.maximum(img, 0), 255).astype(np.uint8)
 
+# %% ../nbs/01_data/02_streets.ipynb #db5ec4d4
 def luma(img): return img[0]*np.float32(.3) + img[1]*np.float32(.6) + img[2]*np.float32(.1)
 
 def soften(img, amount):

@@ -8,9 +8,9 @@ __all__ = ['FREE', 'Train', 'accelerator_for', 'seed_everything', 'poly_lr', 'pa
            'read_rows', 'write_rows', 'append_row', 'read_metrics', 'stop_signals', 'changes', 'versions', 'Diverged',
            'fit']
 
-# %% ../nbs/04_learning/02_training.ipynb #ac856f08
+# %% ../nbs/04_learning/02_training.ipynb #acb28baa
 import warnings
-with warnings.catch_warnings():       # before accelerate imports it: without ipywidgets tqdm.auto warns, then draws a plain bar
+with warnings.catch_warnings():     # before accelerate imports it; without ipywidgets it warns, then draws a plain bar
     warnings.simplefilter('ignore')
     from tqdm.auto import tqdm
 
@@ -54,14 +54,14 @@ class Train:
             got = getattr(self, name)
             if got not in allowed: raise InputError(f'{name} is {got!r}, but must be one of {", ".join(allowed)}')
 
-# %% ../nbs/04_learning/02_training.ipynb #a842adf6
+# %% ../nbs/04_learning/02_training.ipynb #80d32981
 def accelerator_for(
     cfg:Train,      # Its `device` and `precision` count
 )->Accelerator:     # Knows device, precision and the other processes
     "The one object through which a step touches devices, precision and several processes."
     cpu, gpu = cfg.device == 'cpu', torch.cuda.is_available()
     if cfg.device == 'cuda' and not gpu:
-        raise InputError("device is 'cuda', but torch sees no GPU here; use 'cpu' or 'auto', or install a CUDA build of torch")
+        raise InputError("device is 'cuda', but torch sees no GPU here; use 'cpu' or 'auto', or a CUDA build of torch")
     if cfg.precision == 'fp16' and (cpu or not gpu):
         raise InputError("precision is 'fp16', which needs a GPU; use 'no' or 'bf16' on the CPU")
     if AcceleratorState._shared_state:       # fixed once per process by Accelerate; a notebook may change its mind
@@ -114,7 +114,7 @@ def pack(
     pairs = [[pack(k, tensors, below('key')), pack(v, tensors, below(k))] for k, v in tree.items()]
     return {'$counter' if type(tree) is Counter else '$dict': pairs}
 
-# %% ../nbs/04_learning/02_training.ipynb #452e9673
+# %% ../nbs/04_learning/02_training.ipynb #e7cc3bb8
 def _put(tensor, tensors, path):
     "Store an own, contiguous CPU copy under a free name: safetensors refuses views and shared memory."
     name = path or 'tensor'
@@ -136,20 +136,22 @@ def unpack(
     if tag == '$scalar': return tensors[body].numpy()[()]
     if tag == '$float': return float(body)
     if tag == '$tuple': return tuple(unpack(v, tensors) for v in body)
-    return (Counter if tag == '$counter' else dict)((unpack(k, tensors), unpack(v, tensors)) for k, v in body)
+    pairs = {unpack(k, tensors): unpack(v, tensors) for k, v in body}
+    return Counter(pairs) if tag == '$counter' else pairs
 
-# %% ../nbs/04_learning/02_training.ipynb #e648aebe
+# %% ../nbs/04_learning/02_training.ipynb #0fa6bb1b
 def bare(
     part,  # Anything with state_dict
 ):         # The same, without what DistributedDataParallel or torch.compile wrapped around it
     "The object as its author wrote it, so that a state has the same names however it was trained."
     while isinstance(part, nn.Module):
-        inner = part.module if isinstance(part, (DataParallel, DistributedDataParallel)) else getattr(part, '_orig_mod', None)
+        parallel = isinstance(part, (DataParallel, DistributedDataParallel))
+        inner = part.module if parallel else getattr(part, '_orig_mod', None)
         if inner is None: break
         part = inner
     return part
 
-def _write_json(path, value, indent=1): path.write_text(json.dumps(value, indent=indent, allow_nan=False))
+def _write_json(path, value, indent=1): path.write_text(json.dumps(value, indent=indent))
 
 # %% ../nbs/04_learning/02_training.ipynb #6f505d2b
 def save_checkpoint(
@@ -170,7 +172,7 @@ def save_checkpoint(
         _write_json(scratch/'checkpoint.json', {**(meta or {}), 'parts': list(parts), 'bytes': sizes})
     return Path(path)
 
-# %% ../nbs/04_learning/02_training.ipynb #08729377
+# %% ../nbs/04_learning/02_training.ipynb #bfd7aaa2
 def checkpoint_info(
     path,    # A checkpoint folder, or a run folder (then its latest)
 )->dict:     # stage, step, config, versions, ...
@@ -180,8 +182,10 @@ def checkpoint_info(
         info = json.loads((path/'checkpoint.json').read_text())
         for name, size in info['bytes'].items():
             if (got := (path/name).stat().st_size) != size: raise ValueError(f'{name} has {got} bytes, not {size}')
-    except OSError as e: raise InputError(f'{path}: not a whole checkpoint ({Path(e.filename).name}: {e.strerror})') from e
-    except (ValueError, KeyError, TypeError, AttributeError) as e: raise InputError(f'{path}: not a whole checkpoint ({e})') from e
+    except OSError as e:
+        raise InputError(f'{path}: not a whole checkpoint ({Path(e.filename).name}: {e.strerror})') from e
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(f'{path}: not a whole checkpoint ({e})') from e
     return info
 
 def checkpoint_folder(
@@ -191,10 +195,10 @@ def checkpoint_folder(
     path = Path(path)
     if not (path/'checkpoints').is_dir(): return path
     latest = latest_checkpoint(path)
-    if latest is None: raise InputError(f'{path}: a run without a whole checkpoint; give a run that has reached its first one')
+    if latest is None: raise InputError(f'{path}: has no whole checkpoint; give a run that has reached its first one')
     return latest
 
-# %% ../nbs/04_learning/02_training.ipynb #ee2c24e0
+# %% ../nbs/04_learning/02_training.ipynb #ccff7edc
 def read_states(
     path,        # Checkpoint folder
     names=None,  # Parts to read; all of them by default
@@ -206,7 +210,8 @@ def read_states(
         for name in names or info['parts']:
             file = path/f'{name}.safetensors'
             tensors = safetensors.torch.load_file(file) if file.exists() else {}
-            states[name] = unpack(skeletons[name], {k: t.clone() for k, t in tensors.items()})   # the file may go, the state stays
+            tensors = {k: t.clone() for k, t in tensors.items()}     # the file may go, the state stays
+            states[name] = unpack(skeletons[name], tensors)
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as e:
         raise InputError(f'{path}: damaged checkpoint ({type(e).__name__}: {e})') from e
     return states
@@ -253,7 +258,7 @@ def latest_checkpoint(
         except InputError: pass
     return max(whole)[2] if whole else None
 
-# %% ../nbs/04_learning/02_training.ipynb #1fd75697
+# %% ../nbs/04_learning/02_training.ipynb #fa71562b
 def read_rows(
     path,    # A csv file of a run
 )->list:     # One dict name -> text per whole row
@@ -262,7 +267,7 @@ def read_rows(
     text = Path(path).read_text()
     rows = list(csv.reader(io.StringIO(text[:text.rfind('\n')+1])))
     if rows and rows[0][:2] != ['stage', 'step']:
-        raise InputError(f'{path}: its first line is {",".join(rows[0])!r}, but a log begins with the columns stage,step')
+        raise InputError(f'{path}: its first line is {",".join(rows[0])!r}, but a log begins with stage,step')
     return [dict(zip(rows[0], r)) for r in rows[1:] if len(r) == len(rows[0])]
 
 def write_rows(path, rows):
@@ -336,8 +341,8 @@ def _agreement(acc):
     try: yield agree
     finally: torch.distributed.destroy_process_group(group)
 
-# %% ../nbs/04_learning/02_training.ipynb #ff2687fd
-FREE = {'train.' + n for n in ('workers', 'log_every', 'checkpoint_every', 'keep', 'device', 'batch_size')}  # may change on the way
+# %% ../nbs/04_learning/02_training.ipynb #d3ca27a5
+FREE = {f'train.{n}' for n in ('workers', 'log_every', 'checkpoint_every', 'keep', 'device', 'batch_size')}
 
 def _plain(value):
     "A configuration as JSON gives it back."
@@ -358,12 +363,13 @@ def changes(
     new:dict,  # The same, now
 )->list:       # 'setting old -> new', for the settings that make another run of it
     "Settings that differ and may not."
-    old, new = ({k: v for k, v in _flat({n: m.get(n) for n in ('train', 'config', 'effective_batch')}).items() if k not in FREE}
-                for m in (old, new))
-    show = lambda d, k: repr(d[k]) if k in d else 'absent'
-    return [f'{k} {show(old, k)} -> {show(new, k)}' for k in dict.fromkeys([*old, *new]) if old.get(k, ...) != new.get(k, ...)]
+    def settings(m): return _flat({n: m.get(n) for n in ('train', 'config', 'effective_batch')})
+    def show(d, k): return repr(d[k]) if k in d else 'absent'
+    old, new = settings(old), settings(new)
+    names = [k for k in dict.fromkeys([*old, *new]) if k not in FREE and old.get(k, ...) != new.get(k, ...)]
+    return [f'{k} {show(old, k)} -> {show(new, k)}' for k in names]
 
-# %% ../nbs/04_learning/02_training.ipynb #765e2f18
+# %% ../nbs/04_learning/02_training.ipynb #2cb2f19b
 def _version(name):
     try: return version(name)
     except PackageNotFoundError: return 'not installed'
@@ -372,19 +378,21 @@ def versions(
     acc:Accelerator,  # Of this run
 )->dict:              # name -> version
     "What a result may depend on besides code and configuration."
-    return {'python': platform.python_version(), **{n: _version(n) for n in ('torch', 'numpy', 'accelerate', 'protonb')},
+    packages = {n: _version(n) for n in ('torch', 'numpy', 'accelerate', 'protonb')}
+    return {'python': platform.python_version(), **packages,
             'device': torch.cuda.get_device_name(acc.device) if acc.device.type == 'cuda' else acc.device.type,
             'threads': torch.get_num_threads()}
 
 def _check_config(path, stage, meta):
     "Refuse to go on under a configuration other than the one the stage was started with."
-    try: known = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as e: raise InputError(f'{path}: not readable as JSON ({e}); give another run folder') from e
+    try: known = {**json.loads(path.read_text())} if path.exists() else {}
+    except (ValueError, TypeError) as e:
+        raise InputError(f'{path}: not the config.json of a run ({e}); give another folder') from e
     if stage in known:
         if differ := changes(known[stage], meta):
             raise InputError(f'{path.parent}: stage {stage} was started with other settings ({", ".join(differ)}); '
                              'restore them, or give another run folder')
-        was, now = known[stage]['versions'], meta['versions']
+        was, now = known[stage].get('versions', {}), meta['versions']
         moved = [f'{k} {was.get(k)} -> {now[k]}' for k in now if was.get(k) != now[k]]
         if moved: warnings.warn(f'{path.parent}: goes on, but perhaps not bit for bit: {", ".join(moved)}')
     return {**known, stage: meta}
@@ -408,13 +416,13 @@ class _Run:
     clock:float = 0.                            # When the last row was written, in seconds
     rng:dict = None                             # States of the random generators to go on from
 
-# %% ../nbs/04_learning/02_training.ipynb #67316366
+# %% ../nbs/04_learning/02_training.ipynb #849055e2
 def _note(run, values):
     "Remember the values of a step where they are; one stacked copy, so later changes in place do no harm."
     run.done += 1
     values = dict(values or {})
     for n, v in values.items():
-        if n in ('stage', 'step'): raise ValueError(f'step returned a value named {n!r}, which is a column of metrics.csv already')
+        if n in ('stage', 'step'): raise ValueError(f'step returned a value named {n!r}, a column of the log')
         if not isinstance(v, torch.Tensor): values[n] = torch.tensor(float(v), device=run.acc.device)
         elif v.ndim: raise ValueError(f'step returned {n} of shape {tuple(v.shape)}; wanted a 0-d tensor')
     stacked = [torch.stack([v.detach().float() for v in values.values()])] if values else []
@@ -433,7 +441,7 @@ def _drain(run):
     for t, d in run.kept:
         if bad := [f'{n} is {v}' for n, v in d.items() if not math.isfinite(v)]: raise Diverged(_obituary(run, t, bad))
 
-# %% ../nbs/04_learning/02_training.ipynb #2fec280c
+# %% ../nbs/04_learning/02_training.ipynb #56a10e4e
 def _obituary(run, t, bad):
     last = [s for s, _ in checkpoints(run.dir, run.stage)]
     return (f'{run.dir}: stage {run.stage} diverged at step {t} ({", ".join(bad)}); the last checkpoint is ' +
@@ -451,18 +459,20 @@ def _log(run, rates):
     for n in names: values[n] = _mean([d[n] for _, d in run.kept if n in d])
     count, run.kept, now = len(run.kept), [], time.perf_counter()
     if run.acc.is_main_process:
-        where, speed = dict(stage=run.stage, step=run.done), count*run.meta['effective_batch']/(now-run.clock)
+        where, spent = dict(stage=run.stage, step=run.done), now-run.clock
         peak = torch.cuda.max_memory_allocated()/1e9 if run.acc.device.type == 'cuda' else ''
+        timing = {'seconds': spent, 'samples_per_second': count*run.meta['effective_batch']/spent, 'peak_gb': peak}
         append_row(run.dir/'metrics.csv', {**where, **rates, **values})
-        append_row(run.dir/'timing.csv', {**where, 'seconds': now-run.clock, 'samples_per_second': speed, 'peak_gb': peak})
+        append_row(run.dir/'timing.csv', {**where, **timing})
     run.clock = now
     return values
 
-# %% ../nbs/04_learning/02_training.ipynb #705dfaf4
+# %% ../nbs/04_learning/02_training.ipynb #d9e1c6e1
 def _rng_state():
     "State of every global generator of this process."
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return dict(torch=torch.get_rng_state(), cuda=cuda, python=random.getstate(), numpy=np.random.get_state(legacy=False))
+    numpy = np.random.get_state(legacy=False)
+    return dict(torch=torch.get_rng_state(), cuda=cuda, python=random.getstate(), numpy=numpy)
 
 def _set_rng(state):
     "Inverse of `_rng_state`."
@@ -477,19 +487,21 @@ def _save(run):
     loop = dict(kept=run.kept, rng=gather_object([_rng_state()]))
     if run.acc.is_main_process:
         folder = run.dir/'checkpoints'/f'{run.stage}-{run.done:07d}'
-        save_checkpoint(folder, {**run.parts, 'loop': loop}, {'stage': run.stage, 'step': run.done, 'time': time.time(), **run.meta})
+        meta = {'stage': run.stage, 'step': run.done, 'time': time.time(), **run.meta}
+        save_checkpoint(folder, {**run.parts, 'loop': loop}, meta)
         old = [p for t, p in checkpoints(run.dir, run.stage) if t <= run.done]
         for p in old[:-run.cfg.keep]: shutil.rmtree(p, ignore_errors=True)
     run.acc.wait_for_everyone()
 
-# %% ../nbs/04_learning/02_training.ipynb #371f246f
+# %% ../nbs/04_learning/02_training.ipynb #730bc9c8
 def _newest(run):
     "Step, folder and states of the newest whole checkpoint of the stage, or None."
     found = checkpoints(run.dir, run.stage)
     for t, path in reversed(found):
         try: return t, path, read_states(path)
         except InputError as e: warnings.warn(f'{e}; going back to the one before')
-    if found: raise InputError(f'{run.dir/"checkpoints"}: no checkpoint of stage {run.stage} is whole; delete them to start over')
+    if found:
+        raise InputError(f'{run.dir/"checkpoints"}: none of stage {run.stage} is whole; delete them to start over')
 
 def _resume(run):
     "Go back to the newest whole checkpoint, if there is one, and cut the csv files to it."
@@ -505,20 +517,21 @@ def _resume(run):
         rows = read_rows(run.dir/name)
         if rows: write_rows(run.dir/name, [r for r in rows if r['stage'] != run.stage or int(r['step']) <= run.done])
 
-# %% ../nbs/04_learning/02_training.ipynb #b9ef905d
+# %% ../nbs/04_learning/02_training.ipynb #a385ce54
 def _open_run(cfg, parts, acc, run_dir, stage, config):
     "Check names and configuration, clear away what a kill left, write config.json, resume."
-    if not re.fullmatch(r'\w+', stage): raise InputError(f'stage is {stage!r}, but must be one word: it names the checkpoint folders')
+    if not re.fullmatch(r'\w+', stage): raise InputError(f'stage is {stage!r}, but must be one word: it names folders')
     if odd := [n for n in parts if not re.fullmatch(r'\w+', n) or n == 'loop']:
         raise ValueError(f'part {odd[0]!r}: wanted one word other than loop, it names a file')
     if acc.scaler is not None: parts = {**parts, 'grad_scaler': acc.scaler}
     batch = dict(batch_size=cfg.batch_size, processes=acc.num_processes, accumulation=1)
-    meta = dict(train=asdict(cfg), config=_plain(config), effective_batch=math.prod(batch.values()), batch=batch, versions=versions(acc))
+    meta = dict(train=asdict(cfg), config=_plain(config), effective_batch=math.prod(batch.values()), batch=batch,
+                versions=versions(acc))
     run = _Run(cfg, parts, acc, Path(run_dir), stage, meta)
     known = _check_config(run.dir/'config.json', stage, meta)
     acc.wait_for_everyone()
     if acc.is_main_process:
-        for left in [*run.dir.glob('.*.tmp'), *run.dir.glob('checkpoints/.*.tmp')]: shutil.rmtree(left, ignore_errors=True)
+        for left in [*run.dir.glob('.*.tmp'), *run.dir.glob('checkpoints/.*.tmp')]: shutil.rmtree(left, True)
         with atomic_path(run.dir/'config.json') as p: _write_json(p, known)
     _resume(run)
     acc.wait_for_everyone()

@@ -26,18 +26,20 @@ def normalize(
     mean, std = (torch.tensor(v).mul(255).to(images.device)[:,None,None] for v in (MEAN, STD))
     return (images.float() - mean)/std
 
-# %% ../nbs/01_data/04_transforms.ipynb #92183c43
+# %% ../nbs/01_data/04_transforms.ipynb #f4ac24ed
 def _check(image, label):
     if image.ndim != 3 or label.shape != image.shape[1:]:
         raise ValueError(f'expected image (3,H,W) and label (H,W), got {tuple(image.shape)} and {tuple(label.shape)}')
     if not image.is_floating_point(): raise TypeError(f'image must be float 0..255, got {image.dtype}')
 
 def resize_label(
-    label,  # (H,W) ids
-    size,   # (h,w) wanted
-):          # (h,w) ids
-    "Nearest neighbour that can only copy ids: row i comes from row floor(i*H/h)."
-    rows, cols = (torch.arange(n, device=label.device)*N//n for N, n in zip(label.shape, size))
+    label,         # (H,W) ids
+    size,          # (h,w) wanted
+    centred=False, # Take the pixel under the centre, floor((i+1/2)*H/h); otherwise floor(i*H/h) as OpenCV does
+):                 # (h,w) ids
+    "Nearest neighbour, which can only copy ids."
+    half = int(centred)
+    rows, cols = ((2*torch.arange(n, device=label.device)+half)*N//(2*n) for N, n in zip(label.shape, size))
     return label[rows[:,None], cols]
 
 # %% ../nbs/01_data/04_transforms.ipynb #1217c216

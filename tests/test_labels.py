@@ -4,7 +4,8 @@ from PIL import Image
 from pathlib import Path
 from protonb.core import InputError
 from protonb.labels import (IGNORE, CAMVID, CAMVID_IDS, CARLA_TO_CAMVID, CARLA_TO_CITYSCAPES, CARLASCAPES_IDS, CITYSCAPES, CITYSCAPES13,
-    CITYSCAPES16, CITYSCAPES_IDS, GTA5_IDS, SPACES, SYNTHIA_IDS, SYNTHIA_IDS_LANE_ROAD, TRAIN_IDS, ClassSpace, colorize, label_table, map_ids)
+    CITYSCAPES16, CITYSCAPES_IDS, GTA5_IDS, SPACES, SYNTHIA_IDS,
+    SYNTHIA_IDS_LANE_ROAD, TRAIN_IDS, ClassSpace, colorize, label_table, map_ids)
 
 DATA = Path(__file__).parents[2]/'shared'/'data'
 real = pytest.mark.skipif(not DATA.exists(), reason='needs ../shared/data')
@@ -12,7 +13,8 @@ CITY_TABLES = dict(CITYSCAPES_IDS=CITYSCAPES_IDS, GTA5_IDS=GTA5_IDS, SYNTHIA_IDS
     TRAIN_IDS=TRAIN_IDS, CARLA=CARLA_TO_CITYSCAPES, CARLASCAPES=CARLASCAPES_IDS)
 
 # spec dip.md 2.1: train id -> (Cityscapes/GTA5 id, SYNTHIA id)
-SPEC = [(7,3),(8,4),(11,2),(12,21),(13,5),(17,7),(19,15),(20,9),(21,6),(22,16),(23,1),(24,10),(25,17),(26,8),(27,18),(28,19),(31,20),(32,12),(33,11)]
+SPEC = [(7,3),(8,4),(11,2),(12,21),(13,5),(17,7),(19,15),(20,9),(21,6),(22,16),(23,1),(24,10),(25,17),(26,8),
+    (27,18),(28,19),(31,20),(32,12),(33,11)]
 
 def test_id_tables_are_those_of_the_spec():
     for ids, col in ((CITYSCAPES_IDS,0), (GTA5_IDS,0), (SYNTHIA_IDS,1)):
@@ -73,7 +75,8 @@ def test_map_ids_faults():
     t = label_table(CITYSCAPES_IDS, CITYSCAPES)
     raw = np.full((4, 5), 7, np.uint8)
     raw[0, :3], raw[1, 0] = 77, 200
-    with pytest.raises(InputError, match=r'a/b\.png: unknown label id 77 \(3 px\), 200 \(1 px\); known are 0\.\.33, 255'): map_ids(raw, t, 'a/b.png')
+    text = r'a/b\.png: unknown label id 77 \(3 px\), 200 \(1 px\); known are 0\.\.33, 255'
+    with pytest.raises(InputError, match=text): map_ids(raw, t, 'a/b.png')
     with pytest.raises(TypeError, match='uint8, got int64'): map_ids(raw.astype(np.int64), t)
     with pytest.raises(InputError, match='none of the classes'): label_table({0: 'cat', 1: 'dog'}, CAMVID)
     with pytest.raises(InputError, match='300 does not fit'): label_table({300: 'sky'}, CAMVID)

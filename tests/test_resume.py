@@ -8,7 +8,7 @@ ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
 
 # With arguments the script is one run. Without, it waits for runs on stdin and forks for each: importing torch once saves a minute.
 SCRIPT = textwrap.dedent('''
-    import json, os, random, signal, sys, torch
+    import gc, json, os, random, signal, subprocess, sys, time, torch
     from torch import nn
     from torch.nn import functional as F
     import protonb.training as T
@@ -41,7 +41,9 @@ SCRIPT = textwrap.dedent('''
             seen['steps'] += 1
             seen['draws'] = seen['draws'][-2:] + [random.random()]
             if seen['steps'] == die:
-                if how.startswith('group-'): os.killpg(os.getpgid(0), getattr(signal, how[6:]))
+                if how.startswith('group-'):         # from outside, as a terminal or a scheduler does: workers obey their parent
+                    subprocess.run(['kill', '-s', how[9:], '--', f'-{os.getpgid(0)}'], start_new_session=True, check=True)
+                    time.sleep(.5)                   # time to notice that workers have died, if they have
                 elif how != 'writing': os.kill(os.getpid(), getattr(signal, how))
             return dict(loss=loss.detach(), **(dict(late=loss.detach()*2) if seen['steps'] > 6 else {}))
 
@@ -54,9 +56,12 @@ SCRIPT = textwrap.dedent('''
             T.safetensors.torch.save_file = save_file
         parts = dict(net=net, opt=opt, sched=sched, seen=seen)
         print(json.dumps(T.fit(step, batches, parts, cfg, run_dir=where, config=dict(lr=.1), progress=False)), flush=True)
+        open(where + '.rng', 'w').write(f'{random.random()} {torch.rand(())}')
 
     if len(sys.argv) > 1: main(sys.argv[1], 0, '-', 0)
     else:
+        torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.)     # the first optimizer imports half of torch
+        gc.freeze()
         for line in sys.stdin:
             *job, out, err = json.loads(line)
             if pid := os.fork(): print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
@@ -64,7 +69,8 @@ SCRIPT = textwrap.dedent('''
                 os.setsid()
                 for fd, file in (1, out), (2, err): os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
                 main(*job)
-                break
+                if job[-1]: break                                   # with workers: out by the front door
+                os._exit(0)                                         # taking torch down costs more than the run
 ''')
 
 class Runs:
@@ -121,6 +127,7 @@ def test_stopped_and_started_again(runs, how, die, workers, left):
     assert_same(runs.tmp/'whole', folder)
     assert not list(folder.rglob('*.tmp'))
     assert runs(name, die=1, how='SIGKILL') == (0, dict(step=14, finished=True), '')   # finished: no step is run
+    assert len({(runs.tmp/f'{n}.rng').read_text() for n in ('whole', name)}) == 1      # what is drawn next does not differ either
 
 def test_killed_at_every_restart(runs):
     for die in (3, 7, 9, 12): assert runs('often', die, 'SIGTERM' if die == 9 else 'SIGKILL')[0] == (0 if die == 9 else -9)

@@ -52,9 +52,10 @@ def test_rotation_against_scipy(a, H, W):
     c, s = math.cos(math.radians(a)), math.sin(math.radians(a))
     R, centre = np.array([[c, s], [-s, c]]), np.array([H/2, W/2])          # row, column; positive = counter-clockwise
     off = centre - R@centre
-    want = np.stack([ndimage.affine_transform(ch.numpy().astype(float), R, off, order=1, mode='grid-constant', cval=255*m) for ch, m in zip(image, MEAN)])
+    turn = lambda t, order, fill: ndimage.affine_transform(t.numpy().astype(float), R, off, order=order, mode='grid-constant', cval=fill)
+    want = np.stack([turn(ch, 1, 255*m) for ch, m in zip(image, MEAN)])
     assert np.abs(x.numpy()-want).max() < .05
-    want = ndimage.affine_transform(label.numpy().astype(float), R, off, order=0, mode='grid-constant', cval=255)
+    want = turn(label, 0, 255)
     assert (y.numpy() == want).mean() > (.99 if a % 90 else .95)     # a tie between two pixels may go either way
     assert set(y.unique().tolist()) <= {*label.unique().tolist(), 255}
 
@@ -148,7 +149,8 @@ def test_defaults_are_those_of_dip():
     x, y = augment(torch.zeros(3, 400, 700, dtype=torch.uint8), torch.zeros(400, 700, dtype=torch.long), rng_for(0))
     assert x.shape == (3, 1025, 1025) and y.shape == (1025, 1025)
 
-@pytest.mark.parametrize('kw', [dict(flip_p=1.1), dict(blur_p=-1), dict(scale_low=0), dict(scale_low=1.2), dict(crop_height=0), dict(crop_width=-3)])
+@pytest.mark.parametrize('kw', [dict(flip_p=1.1), dict(blur_p=-1), dict(scale_low=0), dict(scale_low=1.2),
+    dict(crop_height=0), dict(crop_width=-3)])
 def test_bad_numbers(kw):
     with pytest.raises(InputError, match=next(iter(kw))): Augment(**kw)
 
@@ -162,3 +164,5 @@ def test_resize_label_copies():
     y = torch.tensor([[0, 18], [255, 7]])
     assert resize_label(y, (4, 4)).tolist() == [[0,0,18,18]]*2 + [[255,255,7,7]]*2
     assert resize_label(y, (1, 1)).tolist() == [[0]]
+    row = torch.arange(9)[None]
+    assert resize_label(row, (1, 3)).tolist() == [[0, 3, 6]] and resize_label(row, (1, 3), centred=True).tolist() == [[1, 4, 7]]
