@@ -7,7 +7,7 @@ Each form runs in its own process, so that the peak of its memory is its own. Me
 
 How traversals are counted. Every operation that PyTorch runs is watched (`Traversals`). A read or write counts when the tensor lies in a
 storage at least as large as one feature map: the features themselves, their gradients, and every temporary of that size; small tensors
-and cache-sized tiles do not. A piece of a map that was touched a moment ago is still in cache: an LRU of `--cache` bytes (4 MiB) over the
+and cache-sized tiles do not. A piece of a map that was touched a moment ago is still in cache: an LRU of `--cache` bytes (8 MiB, two tiles) over the
 pieces stands for it, so a tile read twice in a row counts once, and a whole map never fits. One *traversal* reads one map and may write
 one while it does so; the number of traversals is the larger of maps read and maps written, for each image and direction.
 """
@@ -63,7 +63,7 @@ FORMS = dict(per_class=head_per_class, ops=head_ops, passed=head_passed)
 
 class Traversals(TorchDispatchMode):
     "Counts the maps read and written, cold, by everything that runs inside; per image where an operation shows which."
-    def __init__(self, map_shape, cache=4<<20, itemsize=4):
+    def __init__(self, map_shape, cache=8<<20, itemsize=4):
         super().__init__()
         self.C, self.N = map_shape[0], map_shape[1]*map_shape[2]
         self.size, self.cache, self.itemsize = self.C*self.N, cache, itemsize
@@ -122,7 +122,7 @@ class Traversals(TorchDispatchMode):
         return [max(r, w) for r, w in zip(self.read[:2], self.written[:2])]+[both]
 
 
-def count_traversals(form, inputs, cache=4<<20):
+def count_traversals(form, inputs, cache=8<<20):
     "The traversals of one form, forward and backward: two lists (query, support, mean), and the maps read and written."
     features = inputs[0].detach().requires_grad_()
     fwd, bwd = (Traversals(features.shape[1:], cache, features.itemsize) for _ in range(2))
@@ -183,7 +183,7 @@ def main():
     p.add_argument('--classes', type=int, default=12)
     p.add_argument('--repeats', type=int, default=3)
     p.add_argument('--threads', type=int, default=torch.get_num_threads())
-    p.add_argument('--cache', type=int, default=4<<20, help='bytes a piece of a map may stay warm in')
+    p.add_argument('--cache', type=int, default=8<<20, help='bytes a piece of a map may stay warm in')
     p.add_argument('--form', choices=list(FORMS), help='run one form in this process')
     args = p.parse_args()
     if args.form: return measure(args.form, args)

@@ -6,19 +6,20 @@
 __all__ = ['no_triton', 'use_backend', 'masked_average_pool', 'pool_and_pass', 'prototype_logits', 'nearest_prototype',
            'prototype_cross_entropy', 'logits_cross_entropy']
 
-# %% ../nbs/02_ops/04_ops.ipynb #fdfa4e62
+# %% ../nbs/02_ops/04_ops.ipynb #cdd83c4f
 import math
 from numbers import Integral, Real
 import torch
-from .distance import METRICS, logits_cross_entropy_ref, nearest_prototype_ref, prototype_cross_entropy_ref, prototype_logits_ref
+from .distance import METRICS, logits_cross_entropy_ref, nearest_prototype_ref
+from .distance import prototype_cross_entropy_ref, prototype_logits_ref
 from .pooling import masked_average_pool_ref, pool_and_pass_ref, wide
 
-# %% ../nbs/02_ops/04_ops.ipynb #060d4a3a
+# %% ../nbs/02_ops/04_ops.ipynb #b0b3fe82
 _state = dict(backend='auto', check=None)
 
 def no_triton() -> str:  # '' where Triton kernels run
     "Why Triton can't be used here."
-    return 'this version of protonb has no Triton kernels yet; use_backend("auto") or use_backend("torch") runs plain PyTorch'
+    return "this version of protonb has no Triton kernels yet; 'auto' and 'torch' run plain PyTorch"
 
 class use_backend:
     "Choose how the operations compute, from here on or for the length of a `with` block."
@@ -27,7 +28,8 @@ class use_backend:
         *,
         check:bool|None=None,  # Check the values of labels and masks: None on CPU only (on a GPU it waits for the device), True always
     ):
-        if backend not in ('auto', 'torch', 'triton'): raise ValueError(f"backend is {backend!r}, want 'auto', 'torch' or 'triton'")
+        if backend not in ('auto', 'torch', 'triton'):
+            raise ValueError(f"backend is {backend!r}, want 'auto', 'torch' or 'triton'")
         if check not in (None, True, False): raise TypeError(f'check is {check!r}, want None, True or False')
         if backend == 'triton' and no_triton(): raise RuntimeError(f'backend triton: {no_triton()}')
         self.before = dict(_state)
@@ -36,7 +38,7 @@ class use_backend:
     def __exit__(self, *error): _state.update(self.before)
     def __repr__(self): return f"backend={_state['backend']!r}, check={_state['check']}"
 
-# %% ../nbs/02_ops/04_ops.ipynb #42124b51
+# %% ../nbs/02_ops/04_ops.ipynb #c1850b37
 def _show(x):
     return f'{str(x.dtype)[6:]} {tuple(x.shape)}' if isinstance(x, torch.Tensor) else f'{type(x).__name__} {x!r}'
 
@@ -44,11 +46,13 @@ def _check_values(x):
     return not torch.compiler.is_compiling() and (x.device.type == 'cpu' if _state['check'] is None else _state['check'])
 
 def _want_map(x, name='features', letters='(B,C,h,w)'):
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point(): raise TypeError(f'{name} is {_show(x)}, want a float tensor {letters}')
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        raise TypeError(f'{name} is {_show(x)}, want a float tensor {letters}')
     if x.dim() != 4 or 0 in x.shape: raise ValueError(f'{name} is {_show(x)}, want {letters} with no empty axis')
 
 def _want_beside(x, name, features):
-    if x.device != features.device: raise ValueError(f'{name} is on {x.device}, want it where the features are, on {features.device}')
+    if x.device != features.device:
+        raise ValueError(f'{name} is on {x.device}, want it where the features are, on {features.device}')
 
 def _want_number(v, name, low=-math.inf):
     if isinstance(v, bool) or not isinstance(v, Real): raise TypeError(f'{name} is {_show(v)}, want a number')
@@ -62,20 +66,22 @@ def _want_count(v, name, low):
 def _want_one_of(v, name, names):
     if v not in names: raise ValueError(f'{name} is {v!r}, want one of {", ".join(map(repr, names))}')
 
-# %% ../nbs/02_ops/04_ops.ipynb #9eb0cf13
+# %% ../nbs/02_ops/04_ops.ipynb #263c60c0
 def _want_ids(labels, K, ignore_index, shape, features, finer=False):
     "Integer labels of the right shape, on the right device, and, where values are read, in range."
-    if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+    if not isinstance(labels, torch.Tensor) or labels.dtype == torch.bool or labels.dtype.is_floating_point or labels.is_complex():
         raise TypeError(f'labels is {_show(labels)}, want integer class ids of shape {shape}')
     if labels.dim() != 3 or labels.shape[0] != shape[0] or (not finer and tuple(labels.shape) != shape):
-        raise ValueError(f'labels is {_show(labels)}, want shape {shape}{" or a finer (B,H,W)" if finer else ""} to fit the features')
+        other = ' or a finer (B,H,W)' if finer else ''
+        raise ValueError(f'labels is {_show(labels)}, want shape {shape}{other} to fit the features')
     if finer and (labels.shape[1] < shape[1] or labels.shape[2] < shape[2]):
         raise ValueError(f'labels is {_show(labels)}, coarser than the features {shape}; want the same size or finer')
     _want_beside(labels, 'labels', features)
     _want_count(ignore_index, 'ignore_index', -math.inf)
     if _check_values(labels):
         bad = labels[((labels < 0) | (labels >= K)) & (labels != ignore_index)]
-        if len(bad): raise ValueError(f'labels holds {bad[0].item()}, want 0..{K-1} ({K} classes) or ignore_index={ignore_index}')
+        if len(bad):
+            raise ValueError(f'labels holds {bad[0].item()}, want 0..{K-1} ({K} classes) or ignore_index={ignore_index}')
 
 def _want_shares(x, name, shape, features):
     "Non-negative finite floats: soft masks and weights."
@@ -86,14 +92,15 @@ def _want_shares(x, name, shape, features):
     if _check_values(x) and not ((x >= 0) & x.isfinite()).all():
         raise ValueError(f'{name} holds negative or non-finite numbers, want none')
 
-# %% ../nbs/02_ops/04_ops.ipynb #1cf03fc3
+# %% ../nbs/02_ops/04_ops.ipynb #7b728777
 def _want_prototypes(prototypes, features):
     "Prototypes that fit the features in shape, type and place; returns K."
     B,C = features.shape[:2]
     if not isinstance(prototypes, torch.Tensor) or not prototypes.is_floating_point():
         raise TypeError(f'prototypes is {_show(prototypes)}, want a float tensor (K,C)')
     if prototypes.dtype not in (features.dtype, wide(features.dtype)):
-        raise TypeError(f'prototypes is {_show(prototypes)}, want {wide(features.dtype)} or the type of the features, {features.dtype}')
+        raise TypeError(f'prototypes is {_show(prototypes)}, want {wide(features.dtype)} '
+                        f'or the type of the features, {features.dtype}')
     s = tuple(prototypes.shape)
     if len(s) not in (2, 3) or s[-1] != C or 0 in s or (len(s) == 3 and s[0] != B):
         raise ValueError(f'prototypes is {_show(prototypes)}, want (K,{C}) or ({B},K,{C}), K at least 1, '
@@ -105,24 +112,27 @@ def _want_valid(valid, B, K, features, someone=False):
     if valid is None: return
     if not isinstance(valid, torch.Tensor) or valid.dtype != torch.bool:
         raise TypeError(f'valid is {_show(valid)}, want a bool tensor ({K},) or ({B},{K})')
-    if tuple(valid.shape) not in ((K,), (B, K)): raise ValueError(f'valid is {_show(valid)}, want shape ({K},) or ({B},{K})')
+    if tuple(valid.shape) not in ((K,), (B, K)):
+        raise ValueError(f'valid is {_show(valid)}, want shape ({K},) or ({B},{K})')
     _want_beside(valid, 'valid', features)
     if someone and _check_values(valid) and not valid.any(-1).all():
         raise ValueError('valid lets no class win, want at least one for each image')
 
-# %% ../nbs/02_ops/04_ops.ipynb #b872b4ee
+# %% ../nbs/02_ops/04_ops.ipynb #4e417b00
 def _want_pool(features, labels, num_classes, images, weights, ignore_index, eps):
     "Everything a pool can be given wrong."
     _want_map(features)
     _want_count(num_classes, 'num_classes', 1)
     _want_number(eps, 'eps', 0)
-    if not isinstance(images, slice) or images.step not in (None, 1): raise TypeError(f'images is {images!r}, want a slice without a step')
+    if not isinstance(images, slice) or images.step not in (None, 1):
+        raise TypeError(f'images is {images!r}, want a slice without a step')
     start,stop,_ = images.indices(features.shape[0])
     shape = max(0, stop-start),*features.shape[2:]
     if not shape[0]: raise ValueError(f'images is {images}, want at least one of the {features.shape[0]} images')
     if isinstance(labels, torch.Tensor) and labels.is_floating_point():
         soft = shape[0],num_classes,*shape[1:]
-        if labels.dim() == 3: raise TypeError(f'labels is {_show(labels)}, want integer class ids {shape} or soft masks {soft}')
+        if labels.dim() == 3:
+            raise TypeError(f'labels is {_show(labels)}, want integer class ids {shape} or soft masks {soft}')
         _want_shares(labels, 'labels', soft, features)
     else: _want_ids(labels, num_classes, ignore_index, shape, features)
     if weights is not None: _want_shares(weights, 'weights', shape, features)
@@ -143,7 +153,7 @@ def masked_average_pool(
     return masked_average_pool_ref(features, labels, num_classes, weights=weights, ignore_index=ignore_index,
                                    per_image=per_image, eps=eps)
 
-# %% ../nbs/02_ops/04_ops.ipynb #ff24662c
+# %% ../nbs/02_ops/04_ops.ipynb #6f80ebea
 def pool_and_pass(
     features,              # (B,C,h,w)
     labels,                # (S,h,w) int class ids, or soft masks (S,K,h,w) float, of the images that are pooled
@@ -155,7 +165,7 @@ def pool_and_pass(
     per_image:bool=False,  # One set of prototypes per image instead of one for all
     eps:float=0.,          # Added to the mass before dividing
 )->tuple:                  # prototypes (K,C) or (S,K,C), mass (K,) or (S,K), the features to go on with (B,C,h,w)
-    "`masked_average_pool` of some images, for features that are used again: go on with the returned ones and the backward pass is shorter."
+    "`masked_average_pool` for features that are used again: go on with the returned ones, the backward pass is shorter."
     _want_pool(features, labels, num_classes, images, weights, ignore_index, eps)
     return pool_and_pass_ref(features, labels, num_classes, images=images, weights=weights, ignore_index=ignore_index,
                              per_image=per_image, eps=eps)

@@ -23,8 +23,8 @@ def one_hot_masks(
     labels = labels[:,None]
     return ((labels == ids) & (labels != ignore_index)).to(dtype)
 
-# %% ../nbs/02_ops/01_pooling.ipynb #7f74df09
-TILE_BYTES = dict(cpu=2<<20, cuda=64<<20)  # a share of the cache of one core; on a GPU only a bound on the temporaries
+# %% ../nbs/02_ops/01_pooling.ipynb #ddde44ad
+TILE_BYTES = dict(cpu=4<<20, cuda=64<<20)  # CPU: a share of the last cache; GPU: only a bound on the temporaries
 
 def wide(
     dtype,         # Of the features

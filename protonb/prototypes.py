@@ -152,7 +152,7 @@ def save_prototypes(path, prototypes:Prototypes):
     with atomic_path(path) as p:
         save_file(dict(matrix=prototypes.matrix.contiguous(), counts=prototypes.counts), str(p), metadata=header)
 
-# %% ../nbs/04_learning/01_prototypes.ipynb #fc2d29c0
+# %% ../nbs/04_learning/01_prototypes.ipynb #95b9dbe8
 def load_prototypes(
     path,        # File written by `save_prototypes`, or a released bare tensor (K,C) in a .pth
     space=None,  # ClassSpace the rows are to belong to; checked
@@ -171,5 +171,6 @@ def load_prototypes(
     except InputError: raise
     except Exception as e: raise InputError(f'{path}: not a prototype file ({type(e).__name__}: {str(e)[:80]})') from e
     if space and tuple(space.classes) != p.classes:
-        raise InputError(f'{path}: prototypes of {len(p.classes)} classes ({", ".join(p.classes[:3])}, ...), but the run has the {space.num_classes} of {space.name}')
+        raise InputError(f'{path}: prototypes of {len(p.classes)} classes ({", ".join(p.classes[:3])}, ...), '
+                         f'but the run has the {space.num_classes} of {space.name}')
     return p

@@ -112,18 +112,18 @@ skin f0be96 966446; hair 462814 f0c85a; cloth f03c3c 3c78f0 fadc3c 3cc878 f078c8
 helmet fa8c14 f0f0f0 1e1e1e; jersey ff6400 aaf01e; bag b4501e; bicycle e62828 285adc 28aa50; motorcycle dc1e1e 283cc8 fa9614
 pole 969caa; lamp fffad2; sign_red e11923; sign_white ffffff; sign_blue 1e5ae1; sign_yellow ffcd1e''')
 
-# %% ../nbs/01_data/02_streets.ipynb #e5ffca8f
+# %% ../nbs/01_data/02_streets.ipynb #58e9709d
 PHOTO_PAINT = SHARED_PAINT | paints('''
-zenith 7da4d4 729ed2; horizon cfe0ec; cloud f1f2f4; haze cfd9e2
-road 706e6e 646464 797471; line dfded6; kerb a4a09b; walk 9a8e82 938880 a59484; grass 6d8343 688242 7f8e4c; rail 474243
-facade b8917b a27f55 abb4aa a58d82 bba787 876369 d0aa9b 948c73; roof 764a40 59484a 715654; trim d6d0c4 a69e91
-window 374458 4a5c71; lit a5b8c6; blind c9c6b9; frame d4d1ca 9c9387; shop 506c5c 8c443e 41537a a6884e
-wall 8b786b 846c5a 958375; fence 4e4859 5a5c6d 756e6a; hedge 34562c 436433; leaf 406b2f 567831 577036 39622d; trunk 514030
-car 2c2e34 c2c4c8 7c8690 3a4c70 86302c e0dedc 5a5e60 3c5a4c; glass 3d4f5f; chrome a3a4a7
-truck a5b6cc 644858 994e26; cargo d2d1cf 87a1a6 91896f; bus d2bd85 9a2e2e 73795f; bus_band 838386; train c6b26a aab6b2; train_band 93403c
-skin c89d81 7a5743; hair 33251d 8a744b; cloth 3a3c46 6a5244 4c5c74 863c3a a09a90 4c6450; trousers 2a3044 2c2a2a 5a5244; shoes 5d5a58
-helmet c6aa89 5c5d60 692926; jersey b4aa36 a86432 8098a6; bag 623d29; bicycle 3a3c42 68322e 3e5472 446050; motorcycle 303036 7a2826 44506a
-pole 7a7d7f 686b6e; lamp d3d0bf; sign_red bf262a; sign_white e5e5e0; sign_blue 2950a7; sign_yellow e0b735''')
+zenith 74a0d7 6c9cd6; horizon cadfee; cloud f3f4f5; haze cdd9e5
+road 6e6d6f 636466 767271; line e2e1da; kerb a9a5a1; walk a19283 9c8e83 ab9885; grass 6c8b42 6a8b42 7c954a; rail 464145
+facade be8d76 ac8857 a5b4ae ae8e80 c2af90 8e6673 d2a092 92937a; roof 7c483e 5d4748 6e5558; trim dbd6cb b0a89a
+window 394962 4c627b; lit a8becc; blind cfccc0; frame d9d7d0 a79e91; shop 4e755f 97433e 405485 b08c48
+wall 8f7869 8b705b 988272; fence 534860 585c74 847e7b; hedge 335c2d 426b34; leaf 3e722f 568032 507337 386a2d; trunk 56422f
+car 422c32 aeb7ca 8b8f84 506081 7b4032 e3d3c5 5e5a6a 505347; glass 3e5366; chrome a7a9ac
+truck 96adcd 724752 a55a25; cargo d6d5d4 82a6ae 9e9169; bus d7bd77 a32d2e 838156; bus_band 929295; train b2b170 afa5aa; train_band a05753
+skin cda184 7d5943; hair 35251c 967e4d; cloth 503c45 645759 616b6d 7d4d41 aa9697 605f4e; trousers 2a314e 302c2b 554e44; shoes 706d6b
+helmet cca67b 6e6f71 602825; jersey bda230 a87530 8f9292; bag 6c3f28; bicycle 4f3a3f 603743 3b5e6e 57594b; motorcycle 452e33 702a39 5a5860
+pole 7d8184 6e7175; lamp d8d5c1; sign_red c32429; sign_white e8e8e4; sign_blue 2851ae; sign_yellow e4ba32''')
 
 # %% ../nbs/01_data/02_streets.ipynb #329087f2
 SYNTHETIC = Domain('synthetic', Place(), Matter(GAME_PAINT), Light(), Lens())

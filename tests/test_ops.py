@@ -15,7 +15,7 @@ dip_head = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(dip_head)
 
 
-@pytest.fixture(autouse=True, params=[2<<20, 1], ids=['one-tile', 'many-tiles'])
+@pytest.fixture(autouse=True, params=[4<<20, 1], ids=['one-tile', 'many-tiles'])
 def tile_bytes(request, monkeypatch):
     "Everything runs twice: with tiles larger than these inputs, and cut into tiles of 64 pixels and bands of one row."
     monkeypatch.setitem(pooling.TILE_BYTES, 'cpu', request.param)

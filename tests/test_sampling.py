@@ -1,4 +1,4 @@
-import os, signal, time
+import multiprocessing, os, signal, time
 import numpy as np, pytest, torch
 from protonb.core import InputError, rng_for
 from protonb.sampling import Positions, Samples, batches, only, shuffled_index
@@ -77,7 +77,8 @@ def test_input_error_arrives_as_one_sentence(workers):
 
 def test_a_bug_keeps_its_traceback():
     def bug(p): raise KeyError('inside the maker')
-    with pytest.raises(KeyError, match='in bug'): next(batches(bug, steps=2, workers=1))
+    with pytest.raises(KeyError, match='in bug') as e: next(batches(bug, steps=2, workers=1))
+    assert e.tb and not multiprocessing.active_children()     # though the traceback is still held, the workers have ended
 
 def test_workers_use_one_thread_and_survive_group_signals():
     def threads(p):
