@@ -7,7 +7,7 @@ __all__ = ['RAW_ONE', 'RETRY', 'CITYSCAPES_5SHOT', 'CITYSCAPES_1SHOT', 'CITYSCAP
            'episode_classes', 'remap', 'draw_query', 'episodes', 'check_crop', 'episode_losses', 'step', 'train',
            'segmenter', 'mark_raw', 'released', 'clean', 'named_support']
 
-# %% ../nbs/05_methods/02_dip.ipynb #d10cd03c
+# %% ../nbs/05_methods/02_dip.ipynb #80742c9b
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 import torch
@@ -15,14 +15,14 @@ from torch import Tensor
 from .core import InputError, rng_for
 from .dip_net import freeze, set_train
 from .labels import IGNORE, LabelTable
-from .ops import masked_average_pool, prototype_cross_entropy, prototype_logits
+from .ops import logits_cross_entropy, pool_and_pass, prototype_logits
 from .pooling import labels_on_grid
 from .sampling import batches, shuffled_index
 from .source_only import optimizer_for
 from .training import Train, accelerator_for, fit
 from .transforms import Augment, augment, normalize
 
-# %% ../nbs/05_methods/02_dip.ipynb #8a74ad2d
+# %% ../nbs/05_methods/02_dip.ipynb #c5b9a70a
 @dataclass
 class DIP:
     "Hyper-parameters of DIP; the defaults are the effective values of the released code."
@@ -36,6 +36,7 @@ class DIP:
     shots:int = 5                 # Images per class in the support set and in the offline prototypes
     min_pixels:int = 1            # Pure grid cells that make a class count as present offline
     query_classes:int = 2         # A query image needs this many classes (GTA5, SYNTHIA: 2; Cityscapes, BDD100K: 3)
+    stride:int = 8                # Output stride of the network: the grid on which classes must survive
     freeze:tuple[str, ...] = ('layer0', 'layer1')  # Parts whose parameters stay as loaded; their batch norm goes on
     freeze_bn:bool = False        # Keep the batch norm of the frozen parts at its loaded statistics too
     retry_query:int|None = None    # Label id of which a query crop should keep 85 %, see Presets; None = off
@@ -80,7 +81,7 @@ def draw_query(
         i = (i + int(rng.integers(1, 6))) % len(query)
     raise InputError(f'source: found no image that shows {cfg.query_classes} classes')
 
-# %% ../nbs/05_methods/02_dip.ipynb #0df85306
+# %% ../nbs/05_methods/02_dip.ipynb #b1b838fd
 def episodes(
     query,       # Source data set: (image, label)
     support,     # Few labelled target images: (image, label)
@@ -88,7 +89,7 @@ def episodes(
     seed:int=0,  # Seed of order, draws and augmentation
 ):               # position -> dict(images (2,3,S,S), labels (2,S,S), valid (K,), classes (K,))
     "The stream of episodes: one source image asks, one target image answers."
-    check_crop(cfg.augment)
+    check_crop(cfg.augment, cfg.stride)
     K = query.space.num_classes
     aug_q,aug_s = (replace(cfg.augment, crop_retry_value=v) for v in (cfg.retry_query, cfg.retry_support))
     def make(position):
@@ -96,7 +97,7 @@ def episodes(
         q_image,q_label = augment(*draw_query(query, position, cfg, rng, seed), rng, aug_q)
         for _ in range(50):
             s_image,s_label = augment(*support[int(rng.integers(len(support)))], rng, aug_s)
-            classes = episode_classes(s_label, K)
+            classes = episode_classes(s_label, K, cfg.stride)
             q_entry = remap(q_label, classes)
             if len(classes) > 1 and (q_entry != IGNORE).any(): break
         else: raise InputError(f'episode {position}: 50 support crops gave no two classes on the grid that the query shares; '
@@ -117,7 +118,7 @@ def check_crop(
         n = getattr(cfg, side)
         if (n-1) % stride: raise InputError(f'{side} is {n}; expected a multiple of {stride} plus 1, for example {(n-1)//stride*stride+1}')
 
-# %% ../nbs/05_methods/02_dip.ipynb #2e2024cd
+# %% ../nbs/05_methods/02_dip.ipynb #05e650e4
 def episode_losses(
     features,  # (2B,C,h,w): B queries, then their B supports
     labels,    # (B,2,S,S) entries of query and support, 255 = ignore
@@ -125,11 +126,11 @@ def episode_losses(
     cfg:DIP,   # scale, pool_eps
 )->tuple:      # query loss, support loss: 0-d
     "Support pixels make the prototypes; these classify the query's pixels and the support's own."
-    f_query,f_support = features.chunk(2)
+    B = len(labels)
     on_grid = labels_on_grid(labels[:, 1], features.shape[-2:])
-    protos,_ = masked_average_pool(f_support, on_grid, valid.shape[1], per_image=True, eps=cfg.pool_eps)
-    loss = lambda f, y: prototype_cross_entropy(f, protos, y, metric='cosine', scale=cfg.scale, valid=valid)
-    return loss(f_query, labels[:, 0]), loss(f_support, labels[:, 1])
+    protos,_,features = pool_and_pass(features, on_grid, valid.shape[1], images=slice(B, None), per_image=True, eps=cfg.pool_eps)
+    logits = prototype_logits(features, torch.cat([protos, protos]), scale=cfg.scale)   # (2B,K,h,w)
+    return tuple(logits_cross_entropy(z, y, valid=valid) for z,y in zip(logits.chunk(2), labels.unbind(1)))
 
 # %% ../nbs/05_methods/02_dip.ipynb #0e021e1d
 def step(

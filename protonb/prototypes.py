@@ -4,23 +4,22 @@
 
 # %% auto #0
 __all__ = ['grid_size', 'present_classes', 'Support', 'greedy_support', 'require_all_classes', 'Prototypes', 'image_prototypes',
-           'class_prototypes', 'save_prototypes', 'load_prototypes']
+           'class_prototypes', 'save_prototypes', 'load_prototypes', 'bare_prototypes']
 
-# %% ../nbs/04_learning/01_prototypes.ipynb #d6e3a929
-import json, warnings
+# %% ../nbs/04_learning/01_prototypes.ipynb #9defc042
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from safetensors import safe_open
-from safetensors.torch import save_file
-from tqdm.auto import tqdm
-from .core import InputError, atomic_path, rng_for
+from tqdm import tqdm
+from .core import InputError, rng_for
 from .labels import IGNORE
 from .ops import masked_average_pool, prototype_logits
 from .pooling import soft_masks
 from .transforms import normalize
+from .weights import load_weights, read_meta, save_weights
 
 # %% ../nbs/04_learning/01_prototypes.ipynb #2caba7bd
 def grid_size(
@@ -145,32 +144,39 @@ def class_prototypes(
     if lack: warnings.warn(f'no support image supplies {", ".join(lack)}: left out, never predicted')
     return Prototypes(matrix, counts, tuple(dataset.space.classes), dict(k=k, images=list(dataset.names)))
 
-# %% ../nbs/04_learning/01_prototypes.ipynb #c5d8e6de
+# %% ../nbs/04_learning/01_prototypes.ipynb #c02aeee3
 def save_prototypes(path, prototypes:Prototypes):
     "Write prototypes as safetensors with class names and origin in the header."
-    header = dict(classes=json.dumps(prototypes.classes), meta=json.dumps(prototypes.meta), format='protonb prototypes 1')
-    with atomic_path(path) as p:
-        save_file(dict(matrix=prototypes.matrix.contiguous(), counts=prototypes.counts), str(p), metadata=header)
+    save_weights(path, dict(matrix=prototypes.matrix, counts=prototypes.counts), dict(classes=list(prototypes.classes), **prototypes.meta))
 
-# %% ../nbs/04_learning/01_prototypes.ipynb #95b9dbe8
+# %% ../nbs/04_learning/01_prototypes.ipynb #4ffb7eb9
 def load_prototypes(
     path,        # File written by `save_prototypes`, or a released bare tensor (K,C) in a .pth
     space=None,  # ClassSpace the rows are to belong to; checked
 )->Prototypes:
     "Read prototypes and check that they belong to the class space."
     path = Path(path)
-    if not path.exists(): raise InputError(f'{path}: no such prototype file')
-    try:
-        if path.suffix == '.safetensors':
-            with safe_open(str(path), 'pt') as f:
-                head = f.metadata() or {}
-                p = Prototypes(f.get_tensor('matrix'), f.get_tensor('counts'), tuple(json.loads(head['classes'])), json.loads(head['meta']))
-        else:
-            m = torch.load(path, map_location='cpu', weights_only=True)
-            p = Prototypes(m.float(), m.abs().sum(1).gt(0).long(), tuple(space.classes) if space else (), dict(origin=path.name))
-    except InputError: raise
-    except Exception as e: raise InputError(f'{path}: not a prototype file ({type(e).__name__}: {str(e)[:80]})') from e
+    if path.suffix == '.safetensors':
+        state,meta = load_weights(path),read_meta(path)
+        if not {'matrix', 'counts'} <= set(state) or 'classes' not in meta:
+            raise InputError(f'{path}: holds {", ".join(list(state)[:3])}, but a prototype file has matrix, counts and class names')
+        p = Prototypes(state['matrix'], state['counts'], tuple(meta.pop('classes')), meta)
+    else: p = bare_prototypes(path, space)
     if space and tuple(space.classes) != p.classes:
         raise InputError(f'{path}: prototypes of {len(p.classes)} classes ({", ".join(p.classes[:3])}, ...), '
                          f'but the run has the {space.num_classes} of {space.name}')
     return p
+
+# %% ../nbs/04_learning/01_prototypes.ipynb #ee1be4cb
+def bare_prototypes(
+    path,   # .pth with a bare tensor (K,C), as the released code writes it
+    space,  # ClassSpace of its rows
+)->Prototypes:
+    "Prototypes from the released format; a row of zeros or NaN is a class without an image."
+    try: m = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e: raise InputError(f'{path}: not a prototype file ({type(e).__name__})') from e
+    if not isinstance(m, Tensor) or m.dim() != 2: raise InputError(f'{path}: expected one tensor (K,C)')
+    m = m.float().nan_to_num(0.)
+    names = tuple(space.classes) if space else tuple(map(str, range(len(m))))
+    if len(names) != len(m): raise InputError(f'{path}: has {len(m)} rows, but {space.name} has {len(names)} classes')
+    return Prototypes(m, m.abs().sum(1).gt(0).long(), names, dict(origin=Path(path).name))

@@ -1,0 +1,214 @@
+"""The command line: every mistake is one line and exit code 2, and leaves nothing half-written."""
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from protonb.cli import main
+from protonb.dip_net import dip_small
+from protonb.weights import save_weights
+
+SIZE = (65, 97)
+FAST = ["--net", "dip_small", "--steps", "3", "--batch-size", "2", "--crop-height", "65", "--crop-width", "97",
+        "--device", "cpu"]
+
+
+def write_pair(root, split, name, classes=range(11), size=SIZE, label_size=SIZE):
+    """One image of noise and its label: vertical stripes of the classes, wide enough for the feature grid."""
+    rng = np.random.default_rng(len(name))
+    (root / split).mkdir(parents=True, exist_ok=True)
+    (root / f"{split}annot").mkdir(parents=True, exist_ok=True)
+    classes = np.array(list(classes), dtype=np.uint8)
+    row = classes[np.arange(label_size[1]) * len(classes) // label_size[1]]
+    Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(root / split / f"{name}.png")
+    Image.fromarray(np.broadcast_to(row, label_size).copy()).save(root / f"{split}annot" / f"{name}.png")
+
+
+@pytest.fixture
+def camvid(tmp_path):
+    """A small data set in CamVid's layout; every class in every image (the stripes are nearly 9 pixels wide)."""
+    root = tmp_path / "camvid"
+    for split in ("train", "val"):
+        for name in ("a", "bb", "ccc"):
+            write_pair(root, split, name, classes=range(5) if name == "bb" else range(5, 11))
+    return root
+
+
+def fails(args, capsys, *words, out=None):
+    """Exit code 2 and one line that has the words; the run folder is not there."""
+    capsys.readouterr()
+    assert main([str(a) for a in args]) == 2
+    err = capsys.readouterr().err.strip()
+    lines = [line for line in err.splitlines() if line.startswith("protonb:")]
+    assert len(lines) == 1 and "Traceback" not in err, err
+    for word in words:
+        assert str(word) in lines[0], lines[0]
+    if out is not None:
+        left = sorted(p.name for p in out.rglob("*")) if out.exists() else []
+        assert not left, left
+
+
+def base(root, out, *more):
+    return ["train", "source-only", "--source", f"camvid:{root}", "--out", out, *FAST, *more]
+
+
+def adapt(root, out, *more):
+    return ["train", "dip", "--source", f"camvid:{root}", "--target", f"camvid:{root}", "--out", out, *FAST, "--shots", "1", *more]
+
+
+def test_a_good_run_ends_with_0_and_goes_all_the_way(camvid, tmp_path, capsys):
+    assert main([str(a) for a in adapt(camvid, tmp_path / "run", "--val", f"camvid:{camvid}")]) == 0
+    assert main(["eval", str(tmp_path / "run"), "--data", f"camvid:{camvid}", "--split", "train"]) == 0
+    assert main(["predict", str(tmp_path / "run"), str(camvid / "val"), "--out", str(tmp_path / "seen")]) == 0
+    assert main(["report", str(tmp_path / "run"), "--data", f"camvid:{camvid}", "--images", "1"]) == 0
+    ids = np.asarray(Image.open(tmp_path / "seen" / "a_trainIds.png"))
+    assert ids.shape == SIZE and ids.max() < 11
+    assert len(list((tmp_path / "seen").iterdir())) == 9
+    assert (tmp_path / "run" / "report.html").stat().st_size > 50_000
+    assert "mIoU" in capsys.readouterr().out
+
+
+def test_the_same_command_again_goes_on(camvid, tmp_path, capsys):
+    args = [str(a) for a in base(camvid, tmp_path / "run")]
+    assert main(args) == 0
+    weights = sorted((tmp_path / "run" / "checkpoints").rglob("net*.safetensors"))[-1]
+    before = weights.read_bytes()
+    assert main(args) == 0
+    assert weights.read_bytes() == before
+
+
+def test_missing_folder(tmp_path, capsys):
+    fails(base(tmp_path / "nowhere", tmp_path / "run"), capsys, tmp_path / "nowhere", out=tmp_path / "run")
+
+
+def test_no_image_found(tmp_path, capsys):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "trainannot").mkdir()
+    fails(base(tmp_path, tmp_path / "run"), capsys, "no image", out=tmp_path / "run")
+
+
+def test_image_without_label(camvid, tmp_path, capsys):
+    (camvid / "trainannot" / "bb.png").unlink()
+    fails(base(camvid, tmp_path / "run"), capsys, "bb", "label", out=tmp_path / "run")
+
+
+def test_label_of_another_size(camvid, tmp_path, capsys):
+    write_pair(camvid, "train", "bb", label_size=(33, 97))
+    fails(base(camvid, tmp_path / "run"), capsys, "bb", "33", "65", out=tmp_path / "run")
+
+
+def test_unknown_label_ids_are_listed(camvid, tmp_path, capsys):
+    write_pair(camvid, "train", "bb", classes=[0, 1, 40, 77])
+    fails(base(camvid, tmp_path / "run"), capsys, "bb", "40", "77", out=tmp_path / "run")
+
+
+@pytest.mark.parametrize("which", ["train", "trainannot"])
+def test_truncated_png(camvid, tmp_path, capsys, which):
+    path = camvid / which / "bb.png"
+    path.write_bytes(path.read_bytes()[:-30])
+    fails(base(camvid, tmp_path / "run"), capsys, path, out=tmp_path / "run")
+
+
+def test_unwritable_output_folder(camvid, tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    fails(base(camvid, tmp_path / "file" / "run"), capsys, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+def test_unwritable_output_of_predict(camvid, tmp_path, capsys):
+    assert main([str(a) for a in base(camvid, tmp_path / "run")]) == 0
+    (tmp_path / "file").write_text("not a folder")
+    fails(["predict", tmp_path / "run", camvid / "val", "--out", tmp_path / "file"], capsys, tmp_path / "file")
+
+
+def test_unreadable_image_folder(camvid, tmp_path, capsys):
+    assert main([str(a) for a in base(camvid, tmp_path / "run")]) == 0
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "x.png").write_bytes(b"not an image")
+    fails(["predict", tmp_path / "run", tmp_path / "photos", "--out", tmp_path / "out"], capsys, "x.png", out=tmp_path / "out")
+    fails(["predict", tmp_path / "run", tmp_path / "none", "--out", tmp_path / "out"], capsys, "none", out=tmp_path / "out")
+
+
+def test_support_set_that_lacks_a_class(camvid, tmp_path, capsys):
+    for name in ("a", "ccc"):
+        write_pair(camvid, "train", name, classes=range(5))
+    fails(adapt(camvid, tmp_path / "run"), capsys, "pedestrian", "fence", out=tmp_path / "run")
+    with pytest.warns(UserWarning, match="pedestrian"):
+        assert main([str(a) for a in adapt(camvid, tmp_path / "run", "--allow-missing")]) == 0
+
+
+def test_support_list_with_a_lost_image(camvid, tmp_path, capsys):
+    (tmp_path / "list.txt").write_text("a\nzebra\n")
+    fails(adapt(camvid, tmp_path / "run", "--support", tmp_path / "list.txt"), capsys, "zebra", out=tmp_path / "run")
+
+
+def test_checkpoint_of_another_network(camvid, tmp_path, capsys):
+    save_weights(tmp_path / "w.safetensors", dip_small(num_classes=11, width=24))
+    fails(base(camvid, tmp_path / "run", "--weights", tmp_path / "w.safetensors"), capsys, "w.safetensors", out=tmp_path / "run")
+    torch.save(dict(weight=torch.zeros(3)), tmp_path / "w.pth")
+    fails(base(camvid, tmp_path / "run", "--weights", tmp_path / "w.pth"), capsys, "w.pth", out=tmp_path / "run")
+
+
+def test_resuming_with_other_settings_is_refused(camvid, tmp_path, capsys):
+    assert main([str(a) for a in base(camvid, tmp_path / "run")]) == 0
+    there = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    fails(base(camvid, tmp_path / "run", "--lr", "0.5"), capsys, "0.5")
+    assert there == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--steps", "many"], ["--steps", "many"]),
+    (["--lr", "fast"], ["--lr", "fast"]),
+    (["--stepps", "3"], ["--stepps"]),
+    (["--steps", "0"], ["steps is 0"]),
+    (["--net", "resnet9000"], ["--net", "resnet9000"]),
+    (["--classes", "citiscapes"], ["citiscapes", "camvid"]),
+    (["--crop-height", "-4"], ["crop_height"]),
+])
+def test_option_of_the_wrong_type(camvid, tmp_path, capsys, args, words):
+    fails(base(camvid, tmp_path / "run", *args), capsys, *words, out=tmp_path / "run")
+
+
+def test_a_crop_that_is_not_8n_plus_1(camvid, tmp_path, capsys):
+    fails(adapt(camvid, tmp_path / "run", "--crop-height", "64"), capsys, "crop_height is 64", "8 plus 1")
+
+
+def test_unknown_commands_and_missing_options(capsys):
+    fails(["predcit"], capsys, "predcit")
+    fails(["train", "dip"], capsys, "--source")
+    fails(["eval", "nowhere", "--data", "x:y"], capsys, "nowhere")
+
+
+def test_the_console_script_has_exit_code_2_and_no_traceback(tmp_path):
+    done = subprocess.run([Path(sys.executable).parent / "protonb", "info", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip().count("\n") == 0 and done.stderr.startswith("protonb: ")
+
+
+def test_killed_and_started_again_dip_ends_with_the_same_weights(camvid, tmp_path):
+    """SIGKILL in the middle of a real DIP run; the same command goes on, bit for bit."""
+    def command(out):
+        args = adapt(camvid, tmp_path / out, "--steps", "30", "--checkpoint-every", "5", "--log-every", "1")
+        return [str(Path(sys.executable).parent / "protonb"), *map(str, args)]
+
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    subprocess.run(command("whole"), check=True, capture_output=True, env=env)
+    running = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+    points = tmp_path / "killed" / "checkpoints"
+    until = time.time() + 120
+    while not (points.exists() and any(p.name == "dip-0000010" for p in points.iterdir())):
+        assert running.poll() is None and time.time() < until, "ended before it could be killed"
+        time.sleep(.01)
+    running.kill()
+    running.wait()
+    assert not (points / "dip-0000030").exists()
+    subprocess.run(command("killed"), check=True, capture_output=True, env=env)
+    for name in ("checkpoints/dip-0000030/net.safetensors", "metrics.csv", "prototypes.safetensors"):
+        whole, killed = (tmp_path / out / name for out in ("whole", "killed"))
+        assert whole.read_bytes() == killed.read_bytes(), name
