@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHOD_COLORS', 'METHOD_COLORS_DARK', 'MISTAKE', 'style', 'show_image', 'show_label', 'overlay', 'mistakes',
-           'class_ids', 'show_legend', 'image_miou', 'show_panel', 'method_color', 'plot_iou_bars', 'heat_colors',
-           'plot_confusion', 'series', 'running_mean', 'plot_curves', 'cosine_matrix', 'plot_similarity', 'pca_2d',
-           'label_points', 'plot_projection']
+           'class_ids', 'show_legend', 'image_miou', 'show_panel', 'method_color', 'plot_iou_bars', 'plot_confusion',
+           'series', 'running_mean', 'plot_curves', 'cosine_matrix', 'plot_similarity', 'pca_2d', 'plot_projection']
 
 # %% ../nbs/04_learning/04_pictures.ipynb #6be244e6
 import math

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'CSS_PAGE', 'CSS_NUMBERS', 'CSS_PICTURES', 'CSS_REST', 'ABOUT_ABSENT', 'ABOUT_MIOU', 'ABOUT', 'Html', 'el',
-           'data_uri', 'figure', 'headline', 'in_words', 'means_table', 'panel_row', 'legend', 'panels_section',
-           'class_table', 'mix_ups', 'mix_up_list', 'curves_section', 'prototypes_in_words', 'prototypes_section',
-           'setup_section', 'page', 'write_report']
+           'data_uri', 'figure', 'headline', 'in_words', 'means_table', 'legend', 'panels_section', 'mix_ups',
+           'mix_up_list', 'prototypes_in_words', 'prototypes_section', 'setup_section', 'write_report']
 
 # %% ../nbs/04_learning/05_report.ipynb #f46053d6
 import base64, html, io, math

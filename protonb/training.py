@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['FREE', 'Train', 'accelerator_for', 'seed_everything', 'poly_lr', 'pack', 'unpack', 'bare', 'save_checkpoint',
-           'checkpoint_info', 'checkpoint_folder', 'read_states', 'load_checkpoint', 'checkpoints', 'latest_checkpoint',
-           'read_rows', 'write_rows', 'append_row', 'read_metrics', 'stop_signals', 'changes', 'versions', 'Diverged',
-           'fit']
+           'checkpoint_info', 'checkpoint_folder', 'load_checkpoint', 'checkpoints', 'latest_checkpoint', 'append_row',
+           'read_metrics', 'stop_signals', 'changes', 'versions', 'Diverged', 'fit']
 
 # %% ../nbs/04_learning/02_training.ipynb #acb28baa
 import warnings

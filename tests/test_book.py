@@ -65,19 +65,23 @@ def test_a_notebook_says_what_it_promises_and_has_been_run(path):
 
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if module(p)], ids=[i for p, i in zip(NOTEBOOKS, IDS) if module(p)])
 def test_each_exported_symbol_is_shown_and_checked(path):
-    """Within three code cells after a definition, one names it, asserts, and is not an export itself."""
+    """Within three example cells of a definition one names it, or names what it is a part of, and something is asserted."""
     code = [s for s, _ in cells(path)]
     checks = re.compile(r"\bassert\b|\btest_\w+\(|expect_fail|pytest\.raises")
     for i, source in enumerate(code):
         if not re.search(r"^#\|\s*export\s*$", source, re.M):
             continue
+        later = [s for s in code[i + 1:] if not re.search(r"^#\|\s*(export|hide)", s, re.M)][:3]
+        exported = [s for s in code[i:i + 5] if re.search(r"^#\|\s*exporti?\s*$", s, re.M)]
         for node in ast.parse(re.sub(r"^[%!].*$", "", source, flags=re.M)).body:
             name = getattr(node, "name", "_")
             if name.startswith("_"):
                 continue
-            after = [s for s in code[i + 1:] if not re.search(r"^#\|\s*(export|hide)", s, re.M)][:3]
-            assert any(re.search(rf"\b{name}\b", s) for s in after), f"{name} is not used in the next three example cells"
-            assert any(checks.search(s) for s in after), f"nothing is asserted after {name}"
+            word = re.compile(rf"\b{name}\b")
+            shown = any(map(word.search, later))
+            part = len(word.findall("\n".join(exported))) > 1
+            assert shown or part, f"{name} is not used in the next three example cells"
+            assert any(map(checks.search, later)), f"nothing is asserted after {name}"
 
 
 def test_layers_point_one_way():
