@@ -6,10 +6,10 @@
 __all__ = ['Net', 'DEMO', 'COMMANDS', 'Method', 'Command', 'EXAMPLES', 'TrainSourceOnly', 'space_named', 'probe',
            'train_source_only', 'TrainDIP', 'choose_support', 'prepare_dip', 'train_dip', 'score', 'MakePrototypes',
            'make_prototypes', 'Eval', 'eval_run', 'Predict', 'find_images', 'predict', 'sampled_features',
-           'make_report', 'Report', 'report', 'Demo', 'demo_runs', 'Stopped', 'go_on', 'demo_data', 'demo',
-           'write_seeds', 'Info', 'info', 'parse', 'one_line', 'main']
+           'make_report', 'Report', 'report', 'Demo', 'Stopped', 'go_on', 'demo_data', 'demo', 'write_seeds', 'Info',
+           'info', 'parse', 'one_line', 'main']
 
-# %% ../nbs/07_shell/02_cli.ipynb #fb6adcc2
+# %% ../nbs/07_shell/02_cli.ipynb #aa377b4c
 import contextlib, io, json, re, sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from .source_only import SourceOnly
 from .streets import REAL, SYNTHETIC, Streets
 from .training import Train, accelerator_for, read_metrics, versions
 from .transforms import Augment, normalize
+from .weights import load_into
 
 # %% ../nbs/07_shell/02_cli.ipynb #6785743c
 Net = Literal[tuple(NETWORKS)]
@@ -312,45 +313,61 @@ def report(o:Report):
                 commands=[f'protonb report {" ".join(map(str, o.runs))} --data {o.data}'])
     return 0
 
-# %% ../nbs/07_shell/02_cli.ipynb #4f4f9e3c
+# %% ../nbs/07_shell/02_cli.ipynb #121d004f
 @dataclass
 class Demo:
     "Train source-only and DIP on procedural streets and write report.html."
     out:Path = Path('demo')   # Folder for everything
     seeds:int = 1             # Repeat with seeds 0..N-1 and print mean and spread
-    steps:int = 1000          # Updates of each network
+    start:int = 600           # Steps of the common start on the source
+    steps:int = 700           # Steps of each method from there
     oracle:bool = False       # Also train on all labelled target images: the upper end of the scale
     height:int = 97           # Height of a scene in pixels, 8n+1
     width:int = 193           # Width of a scene in pixels, 8n+1
 
-# Images, images per step, learning rate and shots. Networks start from random values here, not from ImageNet, so the few target
-# images have more to teach: their own loss counts as much as the query's (the paper's code, which starts from ImageNet, has 0.2).
-DEMO = dict(train=300, support=200, val=60, batch=4, lr=.1, shots=5, lambda_support=1.)
+DEMO = dict(train=300, support=200, val=60, batch=4, lr=.1, shots=5)   # images of each kind, images a step, learning rate, shots
 
-# %% ../nbs/07_shell/02_cli.ipynb #d7cebe1b
+# %% ../nbs/07_shell/02_cli.ipynb #6905516f
+def start_from(
+    net,      # Network of a method
+    run_dir,  # Run of the common start
+):            # The same network
+    "Start values from an earlier run; a last layer of another shape keeps its own."
+    own,state = net.state_dict(),open_run(run_dir).net.state_dict()
+    load_into(net, {k: v for k,v in state.items() if k in own and v.shape == own[k].shape}, where=run_dir, skip=('projector.6',))
+    return net
+
+def demo_settings(o, seed, space):
+    "What the runs of a seed share: configuration, length, source-only and DIP hyper-parameters."
+    crop = Augment(crop_height=o.height, crop_width=o.width)
+    about = dict(net='dip_small', space=space_to_dict(space))
+    run = Train(steps=o.steps, batch_size=DEMO['batch'], seed=seed, checkpoint_every=100)
+    hyper = replace(clean(), lr=DEMO['lr'], freeze=(), shots=DEMO['shots'], augment=crop)
+    return about,run,SourceOnly(lr=DEMO['lr'], augment=crop),hyper
+
+# %% ../nbs/07_shell/02_cli.ipynb #6d19f048
 def demo_runs(
     o:Demo,    # Options
     seed:int,  # Seed of networks, order and augmentation
     data,      # dict: source, target, support, val
 )->dict:       # Title -> run folder
     "Train the methods of the demo for one seed; finished ones are kept."
-    home,space = o.out/f'seed{seed}',data['source'].space
-    crop = Augment(crop_height=o.height, crop_width=o.width)
-    about = dict(net='dip_small', space=space_to_dict(space))
-    run = Train(steps=o.steps, batch_size=DEMO['batch'], seed=seed, checkpoint_every=100)
-    plain = SourceOnly(lr=DEMO['lr'], augment=crop)
-    runs = {'source only': (source_only.train, data['source'], home/'source_only')}
-    if o.oracle: runs['oracle'] = (source_only.train, data['target'], home/'oracle')
-    for title,(train,images,folder) in runs.items():
+    home,space,first = o.out/f'seed{seed}',data['source'].space,o.out/f'seed{seed}'/'start'
+    about,run,plain,hyper = demo_settings(o, seed, space)
+    net = lambda K: build_net('dip_small', K, seed=seed)
+    print(f'\nstart: {o.start} steps of {run.batch_size} source images')
+    go_on(source_only.train(data['source'], net(space.num_classes), plain, replace(run, steps=o.start), run_dir=first, config=about))
+    runs = {'source only': (data['source'], home/'source_only')}
+    if o.oracle: runs['oracle'] = (data['target'], home/'oracle')
+    for title,(images,folder) in runs.items():
         print(f'\n{title}: {o.steps} steps of {run.batch_size} images')
-        go_on(train(images, build_net('dip_small', space.num_classes, seed=seed), plain, run, run_dir=folder, config=about))
+        go_on(source_only.train(images, start_from(net(space.num_classes), first), plain, run, run_dir=folder, config=about))
     run = replace(run, batch_size=run.batch_size//2)   # an episode is two images
     print(f'\nDIP: {o.steps} steps of {run.batch_size} episodes, {len(data["support"])} labelled target images')
-    net,hyper = build_net('dip_small', seed=seed),replace(clean(), lr=DEMO['lr'], freeze=(), shots=DEMO['shots'], augment=crop)
-    hyper = replace(hyper, lambda_support=DEMO['lambda_support'])
-    go_on(dip.train(data['source'], data['support'], net, hyper, run, run_dir=home/'dip', config=about))
-    write_prototypes(home/'dip', net, data['support'], hyper)
-    return {**{t: f for t,(_,_,f) in runs.items()}, 'DIP': home/'dip'}
+    adapted = start_from(net(None), first)
+    go_on(dip.train(data['source'], data['support'], adapted, hyper, run, run_dir=home/'dip', config=about))
+    write_prototypes(home/'dip', adapted, data['support'], hyper)
+    return {**{t: f for t,(_,f) in runs.items()}, 'DIP': home/'dip'}
 
 # %% ../nbs/07_shell/02_cli.ipynb #dec1e348
 class Stopped(Exception):
@@ -360,7 +377,7 @@ def go_on(done):
     "Pass on a finished run, end the command for a stopped one."
     if not done['finished']: raise Stopped(f'stopped at step {done["step"]} with a checkpoint; the same command goes on from there')
 
-# %% ../nbs/07_shell/02_cli.ipynb #a6551fa9
+# %% ../nbs/07_shell/02_cli.ipynb #9e562301
 def demo_data(o:Demo):
     "The scenes of the demo, the same for every seed; the support set is chosen from the target's training scenes."
     size = (o.height, o.width)
@@ -384,7 +401,7 @@ def demo(o:Demo):
     if o.seeds > 1: write_seeds(o.out/'seeds.csv', table)
     make_report(o.out/'report.html', *first, data['val'], title='From a game to the street', source=data['source'],
                 summary=f'A network trained on synthetic scenes, before and after DIP saw {len(data["support"])} labelled target images.',
-                commands=[f'protonb demo --out {o.out} --steps {o.steps}'])
+                commands=[f'protonb demo --out {o.out} --start {o.start} --steps {o.steps}'])
     return 0
 
 # %% ../nbs/07_shell/02_cli.ipynb #f52d8875

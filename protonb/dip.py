@@ -64,7 +64,7 @@ def remap(
     table[classes] = torch.arange(len(classes))
     return table[labels]
 
-# %% ../nbs/05_methods/02_dip.ipynb #33d0da99
+# %% ../nbs/05_methods/02_dip.ipynb #d904e0e2
 def draw_query(
     query,     # Source data set
     position,  # Position in the run
@@ -74,11 +74,11 @@ def draw_query(
 )->tuple:      # image, label
     "The source image of an episode: in shuffled order, moved on by 1 to 5 while it shows too few classes."
     i = shuffled_index(position, len(query), seed, 'query')
-    for _ in range(len(query)):
+    for turn in range(20 + len(query)):
         image,label = query[i]
         seen = label[label < query.space.num_classes]
         if (torch.bincount(seen) > 0).sum() >= cfg.query_classes: return image,label
-        i = (i + int(rng.integers(1, 6))) % len(query)
+        i = (i + (int(rng.integers(1, 6)) if turn < 20 else 1)) % len(query)   # in the end every image has been asked
     raise InputError(f'source: found no image that shows {cfg.query_classes} classes')
 
 # %% ../nbs/05_methods/02_dip.ipynb #b1b838fd
@@ -191,14 +191,14 @@ def segmenter(
         return logits.masked_fill(~ok[None, :, None, None], -torch.inf)
     return segment
 
-# %% ../nbs/05_methods/02_dip.ipynb #50ed345e
-RAW_ONE = 254   # Stands for "raw id 1" in a label whose table maps that id to ignore
+# %% ../nbs/05_methods/02_dip.ipynb #7343ae04
+RAW_ONE = 253   # Stands for "raw id 1" in a label whose table maps that id to ignore
 
 def mark_raw(
     table:LabelTable,  # Table of a data set
     raw:int=1,         # Raw id to keep recognisable
-)->LabelTable:         # The same table with that id as 254 where it was ignored
-    "Keep one ignored raw id visible to the crop rule; every class count treats 254 as ignore."
+)->LabelTable:         # The same table with that id as 253 where it was ignored
+    "Keep one ignored raw id visible to the crop rule; every class count treats 253 as ignore."
     ids = table.ids.copy()
     if ids[raw] == IGNORE: ids[raw] = RAW_ONE
     return replace(table, ids=ids)
