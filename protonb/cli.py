@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Net', 'DEMO', 'COMMANDS', 'Method', 'Command', 'EXAMPLES', 'TrainSourceOnly', 'space_named', 'probe',
-           'train_source_only', 'TrainDIP', 'choose_support', 'prepare_dip', 'train_dip', 'score', 'MakePrototypes',
+           'train_source_only', 'TrainDIP', 'choose_support', 'prepare_dip', 'train_dip', 'MakePrototypes',
            'make_prototypes', 'Eval', 'eval_run', 'Predict', 'find_images', 'predict', 'sampled_features',
            'make_report', 'Report', 'report', 'Demo', 'Stopped', 'go_on', 'demo_data', 'demo', 'write_seeds', 'Info',
-           'info', 'parse', 'one_line', 'main']
+           'info', 'parse', 'main']
 
 # %% ../nbs/07_shell/02_cli.ipynb #aa377b4c
 import contextlib, io, json, re, sys
@@ -113,7 +113,7 @@ def choose_support(
         chosen = replace(chosen, indices=ids)
     return chosen if allow_missing else require_all_classes(chosen, 'support set')
 
-# %% ../nbs/07_shell/02_cli.ipynb #de1baf53
+# %% ../nbs/07_shell/02_cli.ipynb #2d690c2e
 def prepare_dip(o:TrainDIP):
     "Data, support set and settings of a DIP run."
     target = open_dataset(o.target, 'train', space_named(o.classes))
@@ -135,10 +135,10 @@ def train_dip(o:TrainDIP):
     about = dict(net=o.net, space=space_to_dict(support.space), source=o.source, target=o.target, support=list(support.names),
                  weights=str(o.weights or ''))
     done = dip.train(source, support, net, o.hyper, o.train, run_dir=o.out, config=about)
-    if done['finished']: write_prototypes(o.out, net, support, o.hyper)
+    if done['finished'] and accelerator_for(o.train).is_main_process: write_prototypes(o.out, net, support, o.hyper)
     return finish(o, done, val)
 
-# %% ../nbs/07_shell/02_cli.ipynb #ca5d9ff4
+# %% ../nbs/07_shell/02_cli.ipynb #028747fb
 def write_prototypes(
     run_dir,    # Folder of the run
     net,        # Trained network
@@ -155,11 +155,11 @@ def finish(o, done, val):
     if not done['finished']:
         print(f'stopped at step {done["step"]} of {o.train.steps} with a checkpoint; the same command goes on from there')
         return 130
-    device = accelerator_for(o.train).device
-    if val is not None: score(o.out, val, f'{o.val} val', device)
+    acc = accelerator_for(o.train)
+    if val is not None and acc.is_main_process: score(o.out, val, f'{o.val} val', acc.device)
     return 0
 
-# %% ../nbs/07_shell/02_cli.ipynb #8498550d
+# %% ../nbs/07_shell/02_cli.ipynb #24dda9b6
 def score(
     run_dir,       # Folder of a run
     data,          # Labelled images
@@ -472,7 +472,7 @@ def parse(
         if not e.code: raise
         raise InputError(one_line(said.getvalue())) from None
 
-# %% ../nbs/07_shell/02_cli.ipynb #2da71df8
+# %% ../nbs/07_shell/02_cli.ipynb #c2ee0ee7
 def one_line(
     text:str,  # What the option parser printed in its frame
 )->str:        # The message alone

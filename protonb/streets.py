@@ -6,8 +6,8 @@
 __all__ = ['SHARED_PAINT', 'GAME_PAINT', 'PHOTO_PAINT', 'SYNTHETIC', 'REAL', 'DOMAINS', 'ROAD', 'LINE', 'DASH', 'KERB', 'WALK',
            'GRASS', 'RAIL', 'GROUND_PAINT', 'GROUND_CLASS', 'DUSK', 'LOW_PAINT', 'Place', 'Matter', 'Light', 'Lens',
            'Domain', 'paints', 'Scene', 'project', 'column_depth', 'paint', 'strip', 'lay_section', 'draw_sky',
-           'make_lots', 'low_front', 'row_codes', 'Thing', 'outside', 'draw_thing', 'lay_out', 'lens', 'luma', 'soften',
-           'share_chroma', 'draw_scene', 'draw_street', 'Streets']
+           'make_lots', 'low_front', 'row_codes', 'Thing', 'outside', 'draw_thing', 'lay_out', 'lens', 'draw_scene',
+           'draw_street', 'Streets']
 
 # %% ../nbs/01_data/02_streets.ipynb #0cdcc8cc
 from dataclasses import dataclass, field
