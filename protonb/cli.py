@@ -9,7 +9,7 @@ __all__ = ['Net', 'DEMO', 'COMMANDS', 'Method', 'Command', 'EXAMPLES', 'TrainSou
            'make_report', 'Report', 'report', 'Demo', 'Stopped', 'go_on', 'demo_data', 'demo', 'write_seeds', 'Info',
            'info', 'parse', 'main']
 
-# %% ../nbs/07_shell/02_cli.ipynb #aa377b4c
+# %% ../nbs/07_shell/02_cli.ipynb #514b01d3
 import contextlib, io, json, re, sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,14 +27,13 @@ from .labels import SPACES
 from .pooling import labels_on_grid
 from .prototypes import Support, class_prototypes, greedy_support, require_all_classes, save_prototypes
 from .report import write_report
-from .runs import NETWORKS, build_net, open_run, read_config, read_scores, save_scores, space_to_dict
+from .runs import NETWORKS, build_net, open_run, read_config, read_scores, save_scores, space_to_dict, start_from
 from .source_only import SourceOnly
 from .streets import REAL, SYNTHETIC, Streets
 from .training import Train, accelerator_for, read_metrics, versions
 from .transforms import Augment, normalize
-from .weights import load_into
 
-# %% ../nbs/07_shell/02_cli.ipynb #6785743c
+# %% ../nbs/07_shell/02_cli.ipynb #f4ae25ec
 Net = Literal[tuple(NETWORKS)]
 
 @dataclass
@@ -43,7 +42,7 @@ class TrainSourceOnly:
     source:str                # Labelled images, kind:path, e.g. gta5:/data/GTA5 or streets:synthetic
     out:Path                  # Run folder; the same command goes on where it was stopped
     net:Net = 'dip_resnet101' # Network
-    weights:Path|None = None  # Start from this file: an ImageNet backbone or a whole network (.safetensors, .pth)
+    weights:Path|None = None  # Start from this: an ImageNet backbone or whole network (.safetensors, .pth), or the folder of another run
     classes:str = ''          # Class space: cityscapes, cityscapes16, cityscapes13, camvid; the data set's own when left out
     val:str = ''              # Score on this data set (split val) at the end
     hyper:OmitArgPrefixes[SourceOnly] = field(default_factory=SourceOnly)
@@ -75,7 +74,7 @@ def train_source_only(o:TrainSourceOnly):
     done = source_only.train(data, net, o.hyper, o.train, run_dir=o.out, config=about)
     return finish(o, done, val)
 
-# %% ../nbs/07_shell/02_cli.ipynb #9249d8d5
+# %% ../nbs/07_shell/02_cli.ipynb #6a1a083c
 @dataclass
 class TrainDIP:
     "Train DIP: source images ask, a few labelled target images answer; then compute the prototypes."
@@ -83,7 +82,7 @@ class TrainDIP:
     target:str                # Target training images (split train) from which the support set is taken
     out:Path                  # Run folder; the same command goes on where it was stopped
     net:Net = 'dip_resnet101' # Network
-    weights:Path|None = None  # Start from this file: an ImageNet backbone or a whole network (.safetensors, .pth)
+    weights:Path|None = None  # Start from this: an ImageNet backbone or whole network (.safetensors, .pth), or the folder of another run
     classes:str = ''          # Class space: cityscapes, cityscapes16, cityscapes13, camvid; the target's own when left out
     support:str = ''          # Support list: cityscapes_1shot, cityscapes_5shot, bdd100k_5shot, or a text file of image names
     support_seed:int|None = None  # Without --support: order of the greedy scan; sorted when left out
@@ -313,7 +312,7 @@ def report(o:Report):
                 commands=[f'protonb report {" ".join(map(str, o.runs))} --data {o.data}'])
     return 0
 
-# %% ../nbs/07_shell/02_cli.ipynb #121d004f
+# %% ../nbs/07_shell/02_cli.ipynb #f89602f5
 @dataclass
 class Demo:
     "Train source-only and DIP on procedural streets and write report.html."
@@ -325,24 +324,17 @@ class Demo:
     height:int = 97           # Height of a scene in pixels, 8n+1
     width:int = 193           # Width of a scene in pixels, 8n+1
 
-DEMO = dict(train=300, support=200, val=60, batch=4, lr=.1, shots=5)   # images of each kind, images a step, learning rate, shots
+# Images of each kind, images a step, learning rate, shots. The start is far weaker than ImageNet's, so the labelled target images have
+# more to teach: their own loss counts as much as the query's (released code: 0.2).
+DEMO = dict(train=300, support=200, val=60, batch=4, lr=.1, shots=5, lambda_support=1.)
 
-# %% ../nbs/07_shell/02_cli.ipynb #6905516f
-def start_from(
-    net,      # Network of a method
-    run_dir,  # Run of the common start
-):            # The same network
-    "Start values from an earlier run; a last layer of another shape keeps its own."
-    own,state = net.state_dict(),open_run(run_dir).net.state_dict()
-    load_into(net, {k: v for k,v in state.items() if k in own and v.shape == own[k].shape}, where=run_dir, skip=('projector.6',))
-    return net
-
+# %% ../nbs/07_shell/02_cli.ipynb #b1a24601
 def demo_settings(o, seed, space):
     "What the runs of a seed share: configuration, length, source-only and DIP hyper-parameters."
     crop = Augment(crop_height=o.height, crop_width=o.width)
     about = dict(net='dip_small', space=space_to_dict(space))
     run = Train(steps=o.steps, batch_size=DEMO['batch'], seed=seed, checkpoint_every=100)
-    hyper = replace(clean(), lr=DEMO['lr'], freeze=(), shots=DEMO['shots'], augment=crop)
+    hyper = replace(clean(), lr=DEMO['lr'], lambda_support=DEMO['lambda_support'], freeze=(), shots=DEMO['shots'], augment=crop)
     return about,run,SourceOnly(lr=DEMO['lr'], augment=crop),hyper
 
 # %% ../nbs/07_shell/02_cli.ipynb #6d19f048

@@ -7,7 +7,7 @@ __all__ = ['RAW_ONE', 'RETRY', 'CITYSCAPES_5SHOT', 'CITYSCAPES_1SHOT', 'CITYSCAP
            'episode_classes', 'remap', 'draw_query', 'episodes', 'check_crop', 'episode_losses', 'step', 'train',
            'segmenter', 'mark_raw', 'released', 'clean', 'named_support']
 
-# %% ../nbs/05_methods/02_dip.ipynb #80742c9b
+# %% ../nbs/05_methods/02_dip.ipynb #b0ba5112
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 import torch
@@ -17,8 +17,8 @@ from .dip_net import freeze, set_train
 from .labels import IGNORE, LabelTable
 from .ops import logits_cross_entropy, pool_and_pass, prototype_logits
 from .pooling import labels_on_grid
-from .sampling import batches, shuffled_index
-from .source_only import optimizer_for
+from .sampling import shuffled_index
+from .source_only import feed_for, optimizer_for
 from .training import Train, accelerator_for, fit
 from .transforms import Augment, augment, normalize
 
@@ -81,7 +81,7 @@ def draw_query(
         i = (i + (int(rng.integers(1, 6)) if turn < 20 else 1)) % len(query)   # in the end every image has been asked
     raise InputError(f'source: found no image that shows {cfg.query_classes} classes')
 
-# %% ../nbs/05_methods/02_dip.ipynb #b1b838fd
+# %% ../nbs/05_methods/02_dip.ipynb #2f1d1198
 def episodes(
     query,       # Source data set: (image, label)
     support,     # Few labelled target images: (image, label)
@@ -91,7 +91,7 @@ def episodes(
     "The stream of episodes: one source image asks, one target image answers."
     check_crop(cfg.augment, cfg.stride)
     K = query.space.num_classes
-    aug_q,aug_s = (replace(cfg.augment, crop_retry_value=v) for v in (cfg.retry_query, cfg.retry_support))
+    aug_q,aug_s = (cfg.augment if v is None else replace(cfg.augment, crop_retry_value=v) for v in (cfg.retry_query, cfg.retry_support))
     def make(position):
         rng = rng_for(seed, 'episode', position)
         q_image,q_label = augment(*draw_query(query, position, cfg, rng, seed), rng, aug_q)
@@ -151,7 +151,7 @@ def step(
     sched.step()
     return dict(loss=loss.detach(), query=query.detach(), support=support.detach())
 
-# %% ../nbs/05_methods/02_dip.ipynb #af8e3aea
+# %% ../nbs/05_methods/02_dip.ipynb #1c89f2bf
 def train(
     query,         # Labelled source data set
     support,       # Few labelled target images, same class space
@@ -169,10 +169,8 @@ def train(
     opt,sched = optimizer_for(net, cfg, run.steps)
     net,opt = acc.prepare(net, opt)
     make = episodes(query, support, cfg, run.seed)
-    feed = lambda first: batches(make, steps=run.steps, batch_size=run.batch_size, first_step=first, workers=run.workers,
-                                 rank=acc.process_index, world=acc.num_processes)
     one = lambda batch: step(net, opt, sched, batch, cfg, acc.backward)
-    return fit(one, feed, dict(net=net, opt=opt, sched=sched), run, run_dir=run_dir, stage='dip',
+    return fit(one, feed_for(make, run, acc), dict(net=net, opt=opt, sched=sched), run, run_dir=run_dir, stage='dip',
                config=dict(config or {}, hyper=asdict(cfg)), accelerator=acc, progress=progress)
 
 # %% ../nbs/05_methods/02_dip.ipynb #878fb45a

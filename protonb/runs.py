@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'build_net', 'space_to_dict', 'space_from_dict', 'Run', 'read_config', 'open_run', 'use_prototypes',
-           'save_scores', 'read_scores']
+           'start_from', 'save_scores', 'read_scores']
 
 # %% ../nbs/07_shell/01_runs.ipynb #d5f51b70
 import json
@@ -23,11 +23,11 @@ from .weights import load_backbone, load_into, load_weights
 # %% ../nbs/07_shell/01_runs.ipynb #a9d5ac3c
 NETWORKS = dict(dip_resnet101=dip_resnet101, dip_vgg16=dip_vgg16, dip_mobilenetv2=dip_mobilenetv2, dip_small=dip_small)
 
-# %% ../nbs/07_shell/01_runs.ipynb #83f55e52
+# %% ../nbs/07_shell/01_runs.ipynb #d01b664a
 def build_net(
     name:str,          # A key of NETWORKS
     num_classes=None,  # K for a classifier, None for features
-    weights=None,      # File to start from: a backbone's or a whole network's
+    weights=None,      # What to start from: file of a backbone or a whole network, or folder of another run
     seed:int=0,        # Seed of the layers that start from random values
 ):                     # The network, on the CPU
     "A network by name, started from random values or from a file."
@@ -35,6 +35,7 @@ def build_net(
     seed_everything(seed, 'init')
     net = NETWORKS[name](num_classes=num_classes)
     if weights is None: return net
+    if Path(weights).is_dir(): return start_from(net, weights)
     state = load_weights(weights)
     if any(k.startswith('ppm.') for k in state): load_into(net, state, where=weights)
     else: load_backbone(net, weights)
@@ -114,6 +115,18 @@ def use_prototypes(
     if run.prototypes.matrix.shape[1] != C:
         raise InputError(f'{path}: prototypes of {run.prototypes.matrix.shape[1]} channels, but the network of {run.dir} gives {C}')
     run.segment = dip.segmenter(run.net, run.prototypes, run.config['hyper']['scale'])
+
+# %% ../nbs/07_shell/01_runs.ipynb #53b6e422
+def start_from(
+    net,      # Network of a method
+    run_dir,  # Folder of an earlier run of the same network
+):            # The same network
+    "Start values from an earlier run; a last layer of another shape keeps its own."
+    own,state = net.state_dict(),open_run(run_dir).net.state_dict()
+    fits = {k: v for k,v in state.items() if k in own and v.shape == own[k].shape}
+    last = [k.rsplit('.', 1)[0] for k in own if k.startswith('projector.')][-1]
+    load_into(net, fits, where=run_dir, skip=(last,))
+    return net
 
 # %% ../nbs/07_shell/01_runs.ipynb #edc3f7c0
 def save_scores(

@@ -14,6 +14,9 @@ def visible(cell):
     """The cell without nbdev's directives, or None when it is hidden or empty."""
     if re.search(r"^#\|\s*(hide|default_exp)\b", cell.source, re.M):
         return None
+    if re.search(r"^#\|\s*echo:\s*false", cell.source, re.M):  # only what it shows: Markdown
+        shown = "\n\n".join("".join(o["data"].get("text/markdown", "")) for o in cell.outputs if "data" in o)
+        return nbformat.v4.new_markdown_cell(shown) if shown else None
     cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
     return cell if cell.source or cell.get("outputs") else None
 
