@@ -6,7 +6,7 @@
 __all__ = ['grid_size', 'present_classes', 'Support', 'greedy_support', 'require_all_classes', 'Prototypes', 'image_prototypes',
            'class_prototypes', 'save_prototypes', 'load_prototypes', 'bare_prototypes']
 
-# %% ../nbs/04_learning/01_prototypes.ipynb #9defc042
+# %% ../nbs/04_learning/01_prototypes.ipynb #1c4628cd
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from .core import InputError, rng_for
-from .labels import IGNORE
-from .ops import masked_average_pool, prototype_logits
+from .ops import masked_average_pool
 from .pooling import soft_masks
 from .transforms import normalize
 from .weights import load_weights, read_meta, save_weights
@@ -29,7 +28,12 @@ def grid_size(
     "Feature grid of a network whose strided layers pad so that 8n+1 pixels become n+1 cells."
     return tuple((int(n)-1)//stride + 1 for n in size)
 
-# %% ../nbs/04_learning/01_prototypes.ipynb #f5b6bbc4
+# %% ../nbs/04_learning/01_prototypes.ipynb #4e037b55
+def pure_enough(masks, min_pixels):
+    "(K,) bool: which of the soft masks (K,h,w) have that many cells of value 1; another device may round the 1."
+    return (masks >= 1-1e-6).flatten(1).sum(1) >= min_pixels
+
+# %% ../nbs/04_learning/01_prototypes.ipynb #6db95baf
 def present_classes(
     label,         # (H,W) int64 train ids, 255 = ignore
     num_classes,   # Number of classes, K
@@ -38,7 +42,7 @@ def present_classes(
 )->Tensor:         # (K,) bool
     "Classes that own at least `min_pixels` pure cells of the feature grid (DIP, offline prototypes)."
     masks = soft_masks(label[None], num_classes, grid_size(label.shape, stride))[0]  # (K,h,w)
-    return (masks >= 1-1e-6).flatten(1).sum(1) >= min_pixels
+    return pure_enough(masks, min_pixels)
 
 # %% ../nbs/04_learning/01_prototypes.ipynb #87f6a4fb
 @dataclass
@@ -55,7 +59,7 @@ class Support:
     @property
     def short(self): return [c for c,n in zip(self.classes, self.counts) if 0 < n < self.k]
 
-# %% ../nbs/04_learning/01_prototypes.ipynb #389ccb13
+# %% ../nbs/04_learning/01_prototypes.ipynb #8b18766a
 def greedy_support(
     dataset,             # Items are (image, label (H,W)); only the labels are looked at
     k:int,               # Images wanted for each class ("shots")
@@ -63,13 +67,12 @@ def greedy_support(
     seed=None,           # Shuffle the scan with this seed; None scans in the data set's own (sorted) order
     stride=8,            # Output stride of the network
     min_pixels=1,        # Pure grid cells that make a class count as present
-    stop_after=None,     # Give up after this many images without a class being completed; None reads all
 )->Support:
     "Choose images until each class is supplied by `k` of them (DIP's few-shot lists)."
     space = dataset.space
     order = np.arange(len(dataset)) if seed is None else rng_for(seed, 'support').permutation(len(dataset))
     counts,kept = np.zeros(space.num_classes, dtype=int),[]
-    for i in order[:stop_after]:
+    for i in order:
         here = present_classes(dataset[int(i)][1], space.num_classes, stride, min_pixels).numpy()
         gives = here & (counts < k)
         if not gives.any(): continue
@@ -101,7 +104,7 @@ class Prototypes:
     @property
     def valid(self): return self.counts > 0   # (K,) bool, classes that may be predicted
 
-# %% ../nbs/04_learning/01_prototypes.ipynb #a85bf2f9
+# %% ../nbs/04_learning/01_prototypes.ipynb #e520cda8
 @torch.no_grad()
 def image_prototypes(
     net,           # Normalised images (1,3,H,W) -> features (1,C,h,w); in eval mode
@@ -116,7 +119,7 @@ def image_prototypes(
     features = net(normalize(image[None].to(device)))
     masks = soft_masks(label[None].to(device), num_classes, features.shape[-2:])
     proto,_ = masked_average_pool(features, masks, num_classes, eps=eps)
-    return proto, (masks[0] >= 1-1e-6).flatten(1).sum(1) >= min_pixels
+    return proto, pure_enough(masks[0], min_pixels)
 
 # %% ../nbs/04_learning/01_prototypes.ipynb #b38c8a65
 def class_prototypes(

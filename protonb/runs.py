@@ -6,11 +6,10 @@
 __all__ = ['NETWORKS', 'build_net', 'space_to_dict', 'space_from_dict', 'Run', 'read_config', 'open_run', 'use_prototypes',
            'start_from', 'save_scores', 'read_scores']
 
-# %% ../nbs/07_shell/01_runs.ipynb #d5f51b70
+# %% ../nbs/07_shell/01_runs.ipynb #d0d6d152
 import json
 from dataclasses import dataclass
 from pathlib import Path
-import torch
 from . import dip, source_only
 from .core import InputError, atomic_path
 from .dip_net import dip_mobilenetv2, dip_resnet101, dip_small, dip_vgg16
