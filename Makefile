@@ -1,15 +1,16 @@
-# make demo | make test | make lab | make bench        each makes .venv from requirements.lock first when it is missing or stale
+# make demo | make test | make lab | make bench | make bench-gpu        each makes .venv from requirements.lock first when it is missing or stale
 PYTHON ?= python3
+PY     ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lab readme export bench clean
+.PHONY: help venv demo test lab readme export bench bench-gpu clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
 
 venv: $(STAMP)  ## the development environment, pinned by requirements.lock
 
@@ -39,8 +40,11 @@ export: $(STAMP)  ## notebooks -> protonb/, cleaned, README.md
 readme: $(STAMP)  ## nbs/index.ipynb -> README.md
 	$(BIN)/python tools/readme.py
 
-bench: $(STAMP)  ## CPU benchmarks of the DIP head
-	$(BIN)/python benchmarks/dip_head.py
+bench: $(STAMP)  ## CPU benchmarks of all operations against their peers, goals asserted (5 minutes, a quiet machine)
+	$(BIN)/python benchmarks/bench.py --device cpu
+
+bench-gpu:  ## GPU tests, then benchmarks; runs with PY=python from a checkout, no installation (8 minutes)
+	$(PY) benchmarks/bench.py --device cuda
 
 clean:  ## remove caches and the demo's output, keep .venv
 	rm -rf demo build dist *.egg-info .pytest_cache _proc

@@ -7,8 +7,8 @@ Each form runs in its own process, so that the peak of its memory is its own. Me
 
 How traversals are counted. Every operation that PyTorch runs is watched (`Traversals`). A read or write counts when the tensor lies in a
 storage at least as large as one feature map: the features themselves, their gradients, and every temporary of that size; small tensors
-and cache-sized tiles do not. A piece of a map that was touched a moment ago is still in cache: an LRU of `--cache` bytes (8 MiB, two tiles) over the
-pieces stands for it, so a tile read twice in a row counts once, and a whole map never fits. One *traversal* reads one map and may write
+and cache-sized tiles do not. A piece of a map that was touched a moment ago is still in cache: an LRU of `--cache` bytes (32 MiB, two tiles) over the
+contiguous pieces stands for it, so a tile read twice in a row counts once, and a whole map never fits. One *traversal* reads one map and may write
 one while it does so; the number of traversals is the larger of maps read and maps written, for each image and direction.
 """
 import argparse, json, platform, subprocess, sys, time
@@ -63,7 +63,7 @@ FORMS = dict(per_class=head_per_class, ops=head_ops, passed=head_passed)
 
 class Traversals(TorchDispatchMode):
     "Counts the maps read and written, cold, by everything that runs inside; per image where an operation shows which."
-    def __init__(self, map_shape, cache=8<<20, itemsize=4):
+    def __init__(self, map_shape, cache=32<<20, itemsize=4):
         super().__init__()
         self.C, self.N = map_shape[0], map_shape[1]*map_shape[2]
         self.size, self.cache, self.itemsize = self.C*self.N, cache, itemsize
@@ -71,26 +71,27 @@ class Traversals(TorchDispatchMode):
         self.read, self.written = [0., 0., 0.], [0., 0., 0.]                          # image 0, image 1, can't be told
 
     def touch(self, t, count):
+        "Looks at every contiguous run of a tensor; the runs that are not in cache count."
         storage = t.untyped_storage()
-        if storage.nbytes() < self.size*self.itemsize: return
-        real = [(n, s) for n, s in zip(t.shape, t.stride()) if s]
-        key = storage.data_ptr(), t.storage_offset(), *sorted(real)
-        elements = 1
-        for n, _ in real: elements *= n
-        if not elements: return
-        warm = key in self.recent
-        if warm: self.recent.move_to_end(key)
-        elif elements*self.itemsize <= self.cache:
-            self.recent[key] = elements*self.itemsize
-            self.held += self.recent[key]
-        while self.held > self.cache: self.held -= self.recent.popitem(last=False)[1]
-        if warm: return
-        first = t.storage_offset()//self.size
-        last = (t.storage_offset()+sum((n-1)*s for n, s in real))//self.size
-        if storage.nbytes() < 2*self.size*self.itemsize: count[2] += elements/self.size   # a map on its own
-        elif first == last: count[first] += elements/self.size
-        else:
-            for i in (0, 1): count[i] += elements/self.size/2
+        if storage.nbytes() < self.size*self.itemsize or not t.numel(): return
+        axes, run = sorted((s, n) for n, s in zip(t.shape, t.stride()) if s and n > 1), 1
+        while axes and axes[0][0] == run: run *= axes.pop(0)[1]
+        starts = [t.storage_offset()]
+        for s, n in axes: starts = [a+i*s for a in starts for i in range(n)]
+        alone = storage.nbytes() < 2*self.size*self.itemsize                              # a map on its own: of which image can't be told
+        for a in starts:
+            key = storage.data_ptr(), a, run
+            if key in self.recent:
+                self.recent.move_to_end(key)
+                continue
+            if run*self.itemsize <= self.cache:
+                self.recent[key] = run*self.itemsize
+                self.held += run*self.itemsize
+            while self.held > self.cache: self.held -= self.recent.popitem(last=False)[1]
+            if alone: count[2] += run/self.size
+            elif a//self.size == (a+run-1)//self.size: count[a//self.size] += run/self.size
+            else:
+                for i in (0, 1): count[i] += run/self.size/2
 
     def forget(self, t):
         "New memory is cold, also where an address is used again."
@@ -122,7 +123,7 @@ class Traversals(TorchDispatchMode):
         return [max(r, w) for r, w in zip(self.read[:2], self.written[:2])]+[both]
 
 
-def count_traversals(form, inputs, cache=8<<20):
+def count_traversals(form, inputs, cache=32<<20):
     "The traversals of one form, forward and backward: two lists (query, support, mean), and the maps read and written."
     features = inputs[0].detach().requires_grad_()
     fwd, bwd = (Traversals(features.shape[1:], cache, features.itemsize) for _ in range(2))
@@ -183,7 +184,7 @@ def main():
     p.add_argument('--classes', type=int, default=12)
     p.add_argument('--repeats', type=int, default=3)
     p.add_argument('--threads', type=int, default=torch.get_num_threads())
-    p.add_argument('--cache', type=int, default=8<<20, help='bytes a piece of a map may stay warm in')
+    p.add_argument('--cache', type=int, default=32<<20, help='bytes a piece of a map may stay warm in')
     p.add_argument('--form', choices=list(FORMS), help='run one form in this process')
     args = p.parse_args()
     if args.form: return measure(args.form, args)

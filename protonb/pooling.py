@@ -4,27 +4,30 @@
 
 # %% auto #0
 __all__ = ['TILE_BYTES', 'one_hot_masks', 'wide', 'full_precision', 'tiles', 'weighted_sums_fwd', 'weighted_sums_bwd',
-           'class_weights', 'pool_and_pass_ref', 'masked_average_pool_ref', 'grid_positions', 'soft_masks',
-           'labels_on_grid']
+           'class_weights', 'pool_and_pass_ref', 'masked_average_pool_ref', 'pool_fwd', 'fit', 'pool_bwd',
+           'grid_positions', 'soft_masks', 'labels_on_grid']
 
 # %% ../nbs/02_ops/01_pooling.ipynb #61024e65
 from contextlib import nullcontext
 import torch
 
-# %% ../nbs/02_ops/01_pooling.ipynb #e70e859c
+# %% ../nbs/02_ops/01_pooling.ipynb #9d5e6b4b
 def one_hot_masks(
     labels,                # (B,h,w) class ids; anything outside 0..K-1 belongs to no class
     num_classes:int,       # K
     dtype=torch.float32,   # Of the result
     ignore_index:int=255,  # Left out even where it is a class id
-)->torch.Tensor:           # (B,K,h,w) of zeros and ones
+    values=None,           # (B,h,w) written instead of 1
+)->torch.Tensor:           # (B,K,h,w), zero but for one value a pixel
     "One mask per class."
-    ids = torch.arange(num_classes, device=labels.device).view(-1, 1, 1)
-    labels = labels[:,None]
-    return ((labels == ids) & (labels != ignore_index)).to(dtype)
+    B,h,w = labels.shape
+    row = labels.long().clamp(-1, num_classes).add_(1)[:,None]
+    if 0 <= ignore_index < num_classes: row[row == ignore_index+1] = 0
+    out = torch.zeros(B, num_classes+2, h, w, dtype=dtype, device=labels.device)  # a spare row on both sides for what is nobody's
+    return out.scatter_(1, row, 1. if values is None else values[:,None].to(dtype))[:,1:-1]
 
-# %% ../nbs/02_ops/01_pooling.ipynb #ddde44ad
-TILE_BYTES = dict(cpu=4<<20, cuda=64<<20)  # CPU: a share of the last cache; GPU: only a bound on the temporaries
+# %% ../nbs/02_ops/01_pooling.ipynb #e53fdc64
+TILE_BYTES = dict(cpu=16<<20, cuda=64<<20)  # CPU: a share of the last cache; GPU: only a bound on the temporaries
 
 def wide(
     dtype,         # Of the features
@@ -40,26 +43,31 @@ def full_precision(
     return torch.autocast(x.device.type, enabled=False) if on else nullcontext()
 
 def tiles(
-    x,       # (B,C,N) features
-)->list:     # (image, first pixel, one past the last) of each tile
-    "Cut the pixels into tiles that stay in cache between two uses."
+    x,           # (B,C,N) features
+    parts:int=1, # Smaller tiles, for who keeps several things per pixel
+)->list:         # (image, first pixel, one past the last) of each tile
+    "Cut the pixels into tiles of about the same size that stay in cache between two uses."
     B,C,N = x.shape
-    n = TILE_BYTES.get(x.device.type, 64<<20)//(C*wide(x.dtype).itemsize)
-    n = max(64, n//64*64)
+    size = TILE_BYTES.get(x.device.type, 64<<20)//parts
+    if wide(x.dtype) != x.dtype: size //= 16    # each tile is converted, and the copy is memory of its own
+    n = max(64, size//(C*wide(x.dtype).itemsize))
+    n = -(-N//-(-N//n)//4)*4
     return [(b, s, min(s+n, N)) for b in range(B) for s in range(0, N, n)]
 
-# %% ../nbs/02_ops/01_pooling.ipynb #0a6d54b0
+# %% ../nbs/02_ops/01_pooling.ipynb #cd866a16
 def weighted_sums_fwd(
     x,               # (B,C,N) features
     w,               # (B,K,N) what each pixel counts for each class, in the wide type
 )->torch.Tensor:     # (B,K,C)
     "Weighted sums of the features over the pixels, in one read."
-    if x.dtype == w.dtype: return torch.matmul(x, w.mT).mT
     out = w.new_zeros(x.shape[0], w.shape[1], x.shape[1])
-    for b,s,e in tiles(x): out[b].addmm_(w[b,:,s:e], x[b,:,s:e].T.to(w.dtype))
+    if x.dtype == w.dtype:
+        for b in range(len(x)): out[b].addmm_(w[b], x[b].T)
+    else:
+        for b,s,e in tiles(x): out[b].addmm_(w[b,:,s:e], x[b,:,s:e].T.to(w.dtype))
     return out
 
-# %% ../nbs/02_ops/01_pooling.ipynb #ccc09658
+# %% ../nbs/02_ops/01_pooling.ipynb #a34ecd08
 def weighted_sums_bwd(
     x,            # (B,C,N) features
     w,            # (S,K,N) weights of the images first..first+S-1
@@ -77,12 +85,13 @@ def weighted_sums_bwd(
         pooled = 0 <= i < len(w)
         if need_x and pooled:
             d = w[i,:,s:e]
-            dx[b,:,s:e] = g[i].T@d if t is None else torch.addmm(t.to(d.dtype), g[i].T, d)
+            if t is None and dx.dtype == d.dtype: torch.mm(g[i].T, d, out=dx[b,:,s:e])
+            else: dx[b,:,s:e] = g[i].T@d if t is None else torch.addmm(t.to(d.dtype), g[i].T, d)
         elif need_x: dx[b,:,s:e] = 0 if t is None else t
         if need_w and pooled: dw[i,:,s:e] = g[i] @ x[b,:,s:e].to(w.dtype)
     return dx, dw
 
-# %% ../nbs/02_ops/01_pooling.ipynb #6314325a
+# %% ../nbs/02_ops/01_pooling.ipynb #6a68a74c
 class _WeightedSums(torch.autograd.Function):
     "Sums (S,K,C) of the images first..first+S-1, and the features again, so that their other gradient comes by here."
     @staticmethod
@@ -99,12 +108,7 @@ class _WeightedSums(torch.autograd.Function):
         if g is None: return through, None, None
         return *weighted_sums_bwd(x, w, g, through, ctx.first, *ctx.needs_input_grad[:2]), None
 
-def _sums(x, w, first):
-    # the compiler fuses the plain formula itself
-    if torch.compiler.is_compiling(): return torch.matmul(x[first:first+len(w)].to(w.dtype), w.mT).mT, x
-    return _WeightedSums.apply(x, w, first)
-
-# %% ../nbs/02_ops/01_pooling.ipynb #3929d5be
+# %% ../nbs/02_ops/01_pooling.ipynb #cd509401
 def class_weights(
     labels,            # (B,h,w) class ids, or soft masks (B,K,h,w) float
     num_classes:int,   # K
@@ -116,10 +120,9 @@ def class_weights(
     if labels.is_floating_point():
         m = labels.to(dtype)
         return m if weights is None else m*weights[:,None].to(dtype)
-    m = one_hot_masks(labels, num_classes, dtype, ignore_index)
-    return m if weights is None else torch.where(m > 0, weights[:,None].to(dtype), 0)
+    return one_hot_masks(labels, num_classes, dtype, ignore_index, weights)
 
-# %% ../nbs/02_ops/01_pooling.ipynb #a0733b63
+# %% ../nbs/02_ops/01_pooling.ipynb #91829262
 def pool_and_pass_ref(
     features,              # (B,C,h,w)
     labels,                # (S,h,w) class ids, or soft masks (S,K,h,w) float, of the images that are pooled
@@ -135,7 +138,7 @@ def pool_and_pass_ref(
     with full_precision(features):
         x = features.flatten(2)
         w = class_weights(labels, num_classes, weights, ignore_index, wide(x.dtype)).flatten(2)
-        sums,x = _sums(x, w, images.indices(len(x))[0])
+        sums,x = _WeightedSums.apply(x, w, images.indices(len(x))[0])
         mass = w.sum(2)
         if not per_image: sums,mass = sums.sum(0),mass.sum(0)
         total = (mass+eps)[...,None]
@@ -157,6 +160,59 @@ def masked_average_pool_ref(
     "Mean feature of each class; a class without pixels has mass 0 and a zero prototype."
     return pool_and_pass_ref(features, labels, num_classes, weights=weights, ignore_index=ignore_index,
                              per_image=per_image, eps=eps)[:2]
+
+# %% ../nbs/02_ops/01_pooling.ipynb #dd8923ff
+def pool_fwd(
+    x,                 # (B,C,h,w) features
+    labels,            # (B,h,w) class ids, or soft masks (B,K,h,w) float
+    weights,           # (B,h,w) or None
+    num_classes:int,   # K
+    ignore_index:int,  # Label left out
+    per_image:bool,    # One set of prototypes per image
+    eps:float,         # Added to the mass
+)->tuple:              # prototypes, mass
+    "Forward half of the pool."
+    with torch.no_grad():
+        return masked_average_pool_ref(x, labels, num_classes, weights=weights, ignore_index=ignore_index,
+                                       per_image=per_image, eps=eps)
+
+# %% ../nbs/02_ops/01_pooling.ipynb #836c6db7
+def fit(
+    d,           # Gradient, of as many elements
+    like,        # What it belongs to
+)->torch.Tensor: # `d`, or a copy of it where the layout differs
+    "A gradient in the shape, type and layout of what it belongs to."
+    d,want = d.view(like.shape),torch.empty_like(like, device='meta')
+    return d if d.stride() == want.stride() and d.dtype == want.dtype else torch.empty_like(like).copy_(d)
+
+# %% ../nbs/02_ops/01_pooling.ipynb #4f5f5db9
+def _sum_gradients(g, g_mass, prototypes, mass, eps):
+    "Gradients of the sums and of the masses behind prototypes = sums/(mass+eps)."
+    total = (mass+eps)[...,None]
+    gs = torch.where(total > 0, g/torch.where(total > 0, total, 1), 0)
+    gm = -(gs*prototypes).sum(-1)
+    return gs, gm if g_mass is None else gm+g_mass
+
+# %% ../nbs/02_ops/01_pooling.ipynb #bc10d805
+def pool_bwd(
+    g, g_mass,                             # Gradients of prototypes and mass; `g_mass` may be None
+    x, labels, weights, prototypes, mass,  # What went in and what came out of `pool_fwd`
+    ignore_index, per_image, eps,          # As there
+    need_x, need_masks, need_weights,      # Which gradients are wanted
+)->tuple:                                  # of features, soft masks, weights; empty where not wanted
+    "Backward half of the pool."
+    K,(B,*_) = mass.shape[-1],x.shape
+    gs,gm = _sum_gradients(g, g_mass, prototypes, mass, eps)
+    if not per_image: gs,gm = gs.expand(B, -1, -1),gm.expand(B, -1)
+    m = class_weights(labels, K, weights, ignore_index, gs.dtype).flatten(2)
+    need_m = need_masks or need_weights
+    dx,dm = weighted_sums_bwd(x.flatten(2), m, gs, None, 0, need_x, need_m)
+    if need_m: dm = dm.add_(gm[...,None]).view(B, K, *x.shape[2:])
+    m = class_weights(labels, K, None, ignore_index, gs.dtype) if need_weights else None
+    dw = (dm*m).sum(1) if need_weights else None
+    if need_masks: dm = dm if weights is None else dm*weights[:,None]
+    wanted = (need_x, dx, x), (need_masks, dm, labels), (need_weights, dw, weights)
+    return tuple(fit(d, like) if need else x.new_empty(0) for need,d,like in wanted)
 
 # %% ../nbs/02_ops/01_pooling.ipynb #0ffedf93
 def _corners(labels, size):

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from protonb import pooling
 from protonb.distance import METRICS
-from protonb.ops import (logits_cross_entropy, masked_average_pool, nearest_prototype, pool_and_pass, prototype_cross_entropy,
-                         prototype_logits, use_backend)
+from protonb.ops import (logits_cross_entropy, masked_average_pool, nearest_prototype, pool_and_pass, prototype_contrast,
+                         prototype_cross_entropy, prototype_logits, use_backend)
 from protonb.pooling import labels_on_grid, soft_masks
 
 spec = importlib.util.spec_from_file_location('dip_head', Path(__file__).parents[1]/'benchmarks'/'dip_head.py')
@@ -113,7 +113,7 @@ def test_traversals_of_the_head(tile_bytes, monkeypatch):
     assert max(bwd.traversals()) <= 2.01 and min(bwd.traversals()) > .99
     assert fwd.written == [0, 0, 0] and bwd.read[2] == bwd.written[2] == 0         # no map besides the features and their gradients
     cold, _ = dip_head.count_traversals(dip_head.head_passed, inputs, cache=0)
-    assert cold.traversals()[:2] == pytest.approx([2, 3], abs=.01)                 # without a cache the norm is a read of its own
+    assert min(c-f for c, f in zip(cold.traversals(), fwd.traversals())) > .9      # without a cache the norm is a read of its own
     slow = dip_head.count_traversals(dip_head.head_per_class, inputs, cache=128<<10)
     assert min(c.traversals()[2] for c in slow) > 5*K                              # the counter does see a bad form
 
@@ -445,6 +445,9 @@ def test_second_derivative_is_refused():
 
 X, P, Y = rand(2, 3, 4, 5), rand(6, 3), ids(2, 4, 5, classes=6)
 NO = torch.zeros(6, dtype=torch.bool)
+QK, YK = torch.ones(4, 6), torch.tensor([0, 1, 0, 1])
+def contrast(q=QK, y=YK, k=QK, t=YK, **kw): return prototype_contrast(q, y, k, t, **kw)
+
 MISTAKES = [
     (ValueError, r'features is float64 \(3, 4, 5\), want \(B,C,h,w\)', lambda: masked_average_pool(X[0], Y, 6)),
     (TypeError, r'features is int64 .*want a float tensor', lambda: masked_average_pool(X.long(), Y, 6)),
@@ -481,6 +484,20 @@ MISTAKES = [
     (ValueError, r"reduction is 'avg', want one of 'mean', 'sum', 'none'", lambda: prototype_cross_entropy(X, P, Y, reduction='avg')),
     (ValueError, r'images is slice\(2, 3, None\), want at least one of the 2', lambda: pool_and_pass(X, Y, 6, images=slice(2, 3))),
     (TypeError, r'images is 1, want a slice', lambda: pool_and_pass(X, Y[1:], 6, images=1)),
+    (TypeError, r'queries is int64 \(4, 6\), want a float tensor \(N,C\)', lambda: contrast(q=QK.long())),
+    (ValueError, r'queries is float32 \(24,\), want \(N,C\)', lambda: contrast(q=QK.flatten())),
+    (ValueError, r'keys is float32 \(4, 5\), want 6 columns as the queries have', lambda: contrast(k=QK[:, :5])),
+    (TypeError, r'keys is float64 \(4, 6\), want the type of the queries, torch.float32', lambda: contrast(k=QK.double())),
+    (ValueError, r'keys is on meta, want it where the queries are, on cpu', lambda: contrast(k=QK.to('meta'))),
+    (ValueError, r'query_labels is int64 \(3,\), want shape \(4,\)', lambda: contrast(y=YK[:3])),
+    (TypeError, r'key_labels is float32 \(4,\), want integer class ids \(4,\)', lambda: contrast(t=YK.float())),
+    (ValueError, r'temperature is nan, want a finite number', lambda: contrast(temperature=float('nan'))),
+    (ValueError, r'temperature is 0, want a number above 0', lambda: contrast(temperature=0)),
+    (TypeError, r"temperature is str 'cold', want a number", lambda: contrast(temperature='cold')),
+    (ValueError, r'key_weights is float32 \(3,\), want shape \(4,\) to fit the keys', lambda: contrast(key_weights=torch.ones(3))),
+    (ValueError, r'key_weights holds negative or non-finite numbers', lambda: contrast(key_weights=torch.full((4,), -1.))),
+    (TypeError, r'ignore_index is float 1.5, want an int', lambda: contrast(ignore_index=1.5)),
+    (ValueError, r"reduction is 'max', want one of 'mean', 'sum', 'none'", lambda: contrast(reduction='max')),
     (ValueError, r"backend is 'cuda', want 'auto', 'torch' or 'triton'", lambda: use_backend('cuda')),
 ]
 
@@ -492,7 +509,6 @@ def test_mistakes_are_named(error, text, call):
 
 def test_use_backend_sets_and_restores():
     assert repr(use_backend()) == "backend='auto', check=None"
-    with pytest.raises(RuntimeError, match='no Triton kernels'): use_backend('triton')
     with pytest.raises(KeyError):
         with use_backend('torch', check=False) as now:
             assert repr(now) == "backend='torch', check=False"
@@ -504,10 +520,23 @@ def test_use_backend_sets_and_restores():
     use_backend('auto')
 
 
-def test_failed_triton_request_changes_nothing():
+def test_failed_triton_request_changes_nothing(monkeypatch):
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with use_backend('torch', check=True) as now:
-        with pytest.raises(RuntimeError): use_backend('triton')
+        with pytest.raises(RuntimeError, match='backend triton: PyTorch sees no GPU'): use_backend('triton')
         assert repr(now) == "backend='torch', check=True"
+
+
+@pytest.mark.parametrize('dtype,K,ignored', [(torch.uint8, 256, -1), (torch.uint8, 300, -100), (torch.int8, 200, 255)], ids=str)
+def test_narrow_labels_are_not_wrapped(dtype, K, ignored):
+    y = torch.tensor([[[0, 100, 127]]]).to(dtype)
+    if dtype == torch.uint8: y = torch.tensor([[[0, 156, 255]]]).to(dtype)
+    x = rand(1, 3, 1, 3)
+    p, mass = masked_average_pool(x, y, K, ignore_index=ignored)
+    assert mass.sum() == 3 and (p[y[0, 0].long()] == x[0, :, 0].T).all()
+    assert nearest_prototype(x, p, valid=mass > 0, metric='euclidean')[0].flatten().tolist() == y.flatten().tolist()
+    assert prototype_cross_entropy(x, p, y, ignore_index=ignored, reduction='none').count_nonzero() == 3
 
 
 def head(x, y, Y):
