@@ -188,23 +188,21 @@ def _winners(t, q, valid, metric):
     d = (sq-2*best).clamp_(min=0)
     return label, -d if metric == 'sqeuclidean' else -d.sqrt()
 
-# %% ../nbs/02_ops/02_distance.ipynb #f319bdc4
+# %% ../nbs/02_ops/02_distance.ipynb #ced216b1
 def nearest(
     x,           # (B,C,h,w) features
     q,           # (K,C) or (B,K,C) prototypes
     valid,       # (K,) or (B,K) bool, or None
     metric:str,  # One of `METRICS`
 )->tuple:        # labels (B,h,w) int64, score (B,h,w)
-    "The winner of each pixel: some small images at a time, a large one tile by tile."
+    "The winner of each pixel, tile by tile."
     f = x.flatten(2)
     B,C,N = f.shape
     p = _rows(q, B, wide(x.dtype), metric, 1e-12)
     some = None if valid is None else valid.expand(B, -1)
     label,score = torch.empty(B, N, dtype=torch.int64, device=x.device),p.new_empty(B, N)
-    cuts = tiles(f)
-    G = max(1, 2*(cuts[0][2]-cuts[0][1])//N) if len(cuts) == B else 1
-    for b,s,e in cuts[::G]:
-        own = slice(b, b+G)
+    for b,s,e in tiles(f):
+        own = slice(b, b+1)
         won = _winners(f[own,:,s:e].to(p.dtype), p[own], None if some is None else some[own], metric)
         label[own,s:e],score[own,s:e] = won
     return label.unflatten(1, x.shape[2:]), score.unflatten(1, x.shape[2:])
