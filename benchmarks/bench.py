@@ -147,11 +147,11 @@ def in_process(f, *args):
 
 def in_turns(timer, runs, seconds, most=200):
     "Times of each run (name -> list of ms), taken in turns until the seconds are used up; slow ones less often, but three times (twice over 2 s)."
-    times = {n: [] for n in runs}
     first = {}
     for n, f in runs.items():
         if not isinstance(f, Remote): f()                         # libraries load, memory is mapped, compilers compile
         first[n] = timer.once(f)
+    times = {n: [t] if t > 2000 else [] for n, t in first.items()}
     budget, end = 1e3*seconds/max(1, len(runs)), time.time()+seconds
     least = {n: 3 if t < 2000 else 2 for n, t in first.items()}
     rounds = {n: max(least[n], min(most, int(budget/max(t, 1e-3)))) for n, t in first.items()}
@@ -345,7 +345,7 @@ def main():
     p.add_argument('--no-tests', action='store_true', help='skip the tests; no row is written then')
     args = p.parse_args()
     if args.device == 'cuda' and not torch.cuda.is_available(): sys.exit('--device cuda: PyTorch sees no GPU')
-    args.seconds = args.seconds or (.2 if args.quick else 5.)
+    args.seconds = args.seconds or (.2 if args.quick else 2.5)
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision('highest')
     timer = Timer(args.device)

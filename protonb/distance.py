@@ -318,8 +318,8 @@ def bilinear_weights(
     at = grid_positions(n_out, n_in, dtype, device, start, stop)
     return (1-(at[:,None]-torch.arange(n_in, dtype=dtype, device=device)).abs()).clamp(min=0)
 
-# %% ../nbs/02_ops/02_distance.ipynb #3e4835fa
-def _bands(z, H, W):
+# %% ../nbs/02_ops/02_distance.ipynb #1c468d74
+def resized_bands(z, H, W):
     "Walks over the logits at the size of the labels: image, first row, one past the last, logits (K,R,W), row weights, rows used."
     B,K,h,w = z.shape
     n = max(1, (TILE_BYTES.get(z.device.type, 64<<20)//4)//(K*W*z.dtype.itemsize))
@@ -333,17 +333,17 @@ def _bands(z, H, W):
             wy = None if H == h else bilinear_weights(H, h, z.dtype, z.device, r, e)[:,i:j].expand(K, -1, -1)
             yield b, r, e, cols[:,r:e].clone() if wy is None else torch.bmm(wy, cols[:,i:j]), wy, slice(i, j)
 
-def _collect(g, wy, rows, dcols):
+def collect_band(g, wy, rows, dcols):
     "Adds the gradient (K,R,W) of a band to that of the logits at full width (K,h,W)."
     if wy is None: dcols[:,rows] += g
     else: dcols[:,rows].baddbmm_(wy.mT, g)
 
-def _narrow(dcols, w):
+def narrow_band(dcols, w):
     "Gradient at full width (K,h,W) -> (K,h,w)."
     W = dcols.shape[2]
     return dcols if W == w else dcols@bilinear_weights(W, w, dcols.dtype, dcols.device)
 
-# %% ../nbs/02_ops/02_distance.ipynb #46d5caee
+# %% ../nbs/02_ops/02_distance.ipynb #96c460bd
 def upsampled_cross_entropy_fwd(
     z, labels, valid,  # Logits (B,K,h,w), ids (B,H,W), (K,) or (B,K) bool or None
     ignore_index:int,  # Label left out
@@ -353,13 +353,13 @@ def upsampled_cross_entropy_fwd(
     z = z.to(wide(z.dtype))
     y,keep = _targets(labels, z.shape[1], valid, ignore_index)
     lse,at = z.new_empty(y.shape),z.new_empty(y.shape)
-    for b,r,e,up,_,_ in _bands(z, *y.shape[1:]):
+    for b,r,e,up,_,_ in resized_bands(z, *y.shape[1:]):
         up = _without(up, valid, b)
         lse[b,r:e],at[b,r:e] = up.logsumexp(0),up.gather(0, y[b:b+1,r:e])[0]
     loss,count = _reduced(torch.where(keep, lse-at, 0), keep, reduction)
     return loss, lse, count
 
-# %% ../nbs/02_ops/02_distance.ipynb #049ac9e9
+# %% ../nbs/02_ops/02_distance.ipynb #7430a629
 def upsampled_cross_entropy_bwd(
     g, z, labels, valid, lse, count,  # Gradient of the loss; what went in and what came out of the forward half
     ignore_index, reduction,          # As there
@@ -368,12 +368,12 @@ def upsampled_cross_entropy_bwd(
     (B,_,h,w),big = z.shape,z.to(wide(z.dtype))
     y,keep = _targets(labels, z.shape[1], valid, ignore_index)
     share,dz,dcols = _each_share(g, keep, count, reduction),torch.empty_like(z),None
-    for b,r,e,up,wy,rows in _bands(big, *y.shape[1:]):
+    for b,r,e,up,wy,rows in resized_bands(big, *y.shape[1:]):
         if r == 0: dcols = up.new_zeros(len(up), h, up.shape[2])
         d = _without(up, valid, b).sub_(lse[b,r:e]).exp_()
         d.scatter_add_(0, y[b:b+1,r:e], d.new_full((), -1).expand(1, *d.shape[1:])).mul_(share[b,r:e])
-        _collect(d, wy, rows, dcols)
-        if e == y.shape[1]: dz[b] = _narrow(dcols, w)
+        collect_band(d, wy, rows, dcols)
+        if e == y.shape[1]: dz[b] = narrow_band(dcols, w)
     return dz
 
 # %% ../nbs/02_ops/02_distance.ipynb #a5bce865
@@ -396,20 +396,20 @@ class _Upsampled(torch.autograd.Function):
         dz = kept[0]*g if len(kept) == 1 else upsampled_cross_entropy_bwd(g, *kept, *ctx.how)
         return dz, *[None]*4
 
-# %% ../nbs/02_ops/02_distance.ipynb #6db22d50
+# %% ../nbs/02_ops/02_distance.ipynb #c2b464d9
 def _loss_and_gradient(z, labels, valid, ignore_index, reduction):
     "Loss of resized logits, 0-d, and its gradient like z, in one walk."
     (_,K,h,w),big = z.shape,z.to(wide(z.dtype))
     y,keep = _targets(labels, K, valid, ignore_index)
     total,dz,dcols = big.new_zeros(()),torch.empty_like(z),None
     share = 1/keep.sum(dtype=big.dtype).clamp(min=1) if reduction == 'mean' else 1.
-    for b,r,e,up,wy,rows in _bands(big, *y.shape[1:]):
+    for b,r,e,up,wy,rows in resized_bands(big, *y.shape[1:]):
         if r == 0: dcols = up.new_zeros(K, h, up.shape[2])
         up = F.log_softmax(_without(up, valid, b), 0)
         total -= torch.where(keep[b,r:e], up.gather(0, y[b:b+1,r:e])[0], 0).sum()
         d = up.exp_().scatter_add_(0, y[b:b+1,r:e], up.new_full((), -1).expand(1, *up.shape[1:]))
-        _collect(d.mul_(keep[b,r:e]), wy, rows, dcols)
-        if e == y.shape[1]: dz[b] = _narrow(dcols, w)*share
+        collect_band(d.mul_(keep[b,r:e]), wy, rows, dcols)
+        if e == y.shape[1]: dz[b] = narrow_band(dcols, w)*share
     return total*share, dz
 
 # %% ../nbs/02_ops/02_distance.ipynb #236def1b

@@ -95,7 +95,7 @@ def _want_count(v, name, low):
 def _want_one_of(v, name, names):
     if v not in names: raise ValueError(f'{name} is {v!r}, want one of {", ".join(map(repr, names))}')
 
-# %% ../nbs/02_ops/04_ops.ipynb #a81b9e90
+# %% ../nbs/02_ops/04_ops.ipynb #98218cb8
 def _want_ids(labels, K, ignore_index, shape, features, finer=False):
     "Integer labels of the right shape, on the right device, and, where values are read, in range."
     if not isinstance(labels, torch.Tensor) or labels.dtype == torch.bool or labels.dtype.is_floating_point or labels.is_complex():
@@ -109,9 +109,9 @@ def _want_ids(labels, K, ignore_index, shape, features, finer=False):
     _want_count(ignore_index, 'ignore_index', -math.inf)
     if _check_values(labels):
         y = labels.long()  # narrow types would wrap what they are compared with
-        bad = y[((y < 0) | (y >= K)) & (y != ignore_index)]
-        if len(bad):
-            raise ValueError(f'labels holds {bad[0].item()}, want 0..{K-1} ({K} classes) or ignore_index={ignore_index}')
+        fine = (y.clamp(0, K-1) == y) | (y == ignore_index)
+        if not fine.all():
+            raise ValueError(f'labels holds {y[~fine][0].item()}, want 0..{K-1} ({K} classes) or ignore_index={ignore_index}')
 
 def _want_shares(x, name, shape, features, fits='features'):
     "Non-negative finite floats: soft masks and weights."
