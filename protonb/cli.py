@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Net', 'DEMO', 'COMMANDS', 'Method', 'Command', 'EXAMPLES', 'Stopped', 'go_on', 'TrainSourceOnly', 'space_named',
-           'probe', 'train_source_only', 'TrainDIP', 'choose_support', 'prepare_dip', 'train_dip', 'MakePrototypes',
-           'make_prototypes', 'Eval', 'eval_run', 'Predict', 'find_images', 'predict', 'sampled_features',
-           'make_report', 'Report', 'report', 'Demo', 'demo_data', 'demo', 'write_seeds', 'Info', 'info', 'parse',
-           'main']
+           'probe', 'train_source_only', 'TrainDIP', 'choose_support', 'prepare_dip', 'train_dip', 'TrainIAPC',
+           'train_iapc', 'TrainPBAL', 'train_pbal', 'MakePrototypes', 'make_prototypes', 'Eval', 'eval_run', 'Predict',
+           'find_images', 'predict', 'sampled_features', 'make_report', 'Report', 'report', 'Demo', 'demo_data', 'demo',
+           'write_seeds', 'Info', 'info', 'parse', 'main']
 
-# %% ../nbs/07_shell/02_cli.ipynb #b2b1d349
+# %% ../nbs/07_shell/02_cli.ipynb #f4250cd7
 import contextlib, io, re, sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Annotated, Literal, Union
 import torch
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
-from . import dip, source_only
+from . import dip, iapc, pbal, source_only
 from .core import InputError, atomic_path
 from .datasets import open_dataset, take
 from .dip import DIP, LISTS, clean, mark_raw, named_support, released
@@ -26,8 +26,9 @@ from .evaluation import predict as predict_files
 from .labels import SPACES
 from .pooling import labels_on_grid
 from .prototypes import Support, class_prototypes, greedy_support, require_all_classes, save_prototypes
+from .pseudo_labels import Unlabelled
 from .report import write_report
-from .runs import NETWORKS, build_net, open_run, read_config, read_scores, save_scores, space_to_dict, start_from
+from .runs import ADAPTABLE, NETWORKS, build_net, open_run, read_config, read_scores, save_scores, space_to_dict, start_from
 from .source_only import SourceOnly
 from .streets import REAL, SYNTHETIC, Streets
 from .training import Train, accelerator_for, read_metrics, versions
@@ -182,6 +183,52 @@ def score(
     save_scores(run.dir, title, scores)
     print(scores.table())
     return scores
+
+# %% ../nbs/07_shell/02_cli.ipynb #2972c41c
+@dataclass
+class TrainIAPC:
+    "Adapt a source model to unlabelled target images; the source images are not needed any more."
+    start:Path       # Folder of a run that trained the source model, e.g. `protonb train source-only --net iapc_resnet101`
+    target:str       # Target training images, kind:path; their labels are never opened
+    out:Path         # Run folder; the same command goes on where it was stopped
+    val:str = ''     # Score on this data set (split val) at the end
+    hyper:OmitArgPrefixes[iapc.IAPC] = field(default_factory=iapc.IAPC)
+    train:OmitArgPrefixes[Train] = field(default_factory=lambda: Train(steps=9000, batch_size=6))
+
+def train_iapc(o:TrainIAPC):
+    "protonb train iapc"
+    acc,first = accelerator_for(o.train),open_run(o.start)
+    if first.config['net'] not in ADAPTABLE:
+        raise InputError(f'{o.start}: its network is {first.config["net"]}; IAPC needs one of {", ".join(ADAPTABLE)}')
+    target = probe(Unlabelled(open_dataset(o.target, 'train', first.space)))
+    val = probe(open_dataset(o.val, 'val', first.space)) if o.val else None
+    about = dict(net=first.config['net'], space=space_to_dict(first.space), start=str(o.start), target=o.target)
+    labels = iapc.pseudo_labels(target, first.net.to(acc.device), o.hyper, run_dir=o.out, acc=acc)
+    return finish(o, iapc.train(labels, first.net, o.hyper, o.train, run_dir=o.out, config=about), val)
+
+# %% ../nbs/07_shell/02_cli.ipynb #6c57f9e6
+@dataclass
+class TrainPBAL:
+    "Adapt with PBAL: warm-up, bidirectional alignment, self-training, two rounds of distillation."
+    source:str                  # Labelled source images, kind:path, e.g. gta5:/data/GTA5
+    target:str                  # Target training images, kind:path; their labels are never opened
+    out:Path                    # Run folder; the same command goes on where it was stopped
+    net:Literal[tuple(ADAPTABLE)] = 'pbal_resnet101'  # Network
+    weights:Path|None = None    # Start of warm-up and self-training: an ImageNet backbone, or the folder of another run
+    until:Literal[pbal.STAGES] = pbal.STAGES[-1]      # Last stage of this call
+    classes:str = ''            # Class space: cityscapes, cityscapes16, cityscapes13, camvid; the source's own when left out
+    val:str = ''                # Score on this data set (split val) at the end
+    hyper:pbal.PBAL = field(default_factory=pbal.PBAL)
+    train:OmitArgPrefixes[Train] = field(default_factory=lambda: Train(steps=60000, batch_size=4))
+
+def train_pbal(o:TrainPBAL):
+    "protonb train pbal"
+    source = probe(open_dataset(o.source, 'train', space_named(o.classes)))
+    target = probe(Unlabelled(open_dataset(o.target, 'train', source.space)))
+    val = probe(open_dataset(o.val, 'val', source.space)) if o.val else None
+    fresh = lambda: build_net(o.net, source.space.num_classes, o.weights, o.train.seed)
+    about = dict(net=o.net, space=space_to_dict(source.space), source=o.source, target=o.target, weights=str(o.weights or ''))
+    return finish(o, pbal.train(source, target, fresh, o.hyper, o.train, run_dir=o.out, config=about, until=o.until), val)
 
 # %% ../nbs/07_shell/02_cli.ipynb #f56d546c
 @dataclass
@@ -426,13 +473,14 @@ def info(o:Info):
     for name,s in read_scores(o.run).items(): print(f'{name}: mIoU ' + ', '.join(f'{100*v:.1f} over {t}' for t,v in s.subset_mious.items()))
     return 0
 
-# %% ../nbs/07_shell/02_cli.ipynb #3a1c7ba4
-COMMANDS = {Demo: demo, TrainSourceOnly: train_source_only, TrainDIP: train_dip, MakePrototypes: make_prototypes, Predict: predict,
-            Eval: eval_run, Report: report, Info: info}
-Method = Union[Annotated[TrainSourceOnly, subcommand('source-only')], Annotated[TrainDIP, subcommand('dip')]]
+# %% ../nbs/07_shell/02_cli.ipynb #3980afdc
+COMMANDS = {Demo: demo, TrainSourceOnly: train_source_only, TrainDIP: train_dip, TrainIAPC: train_iapc, TrainPBAL: train_pbal,
+            MakePrototypes: make_prototypes, Predict: predict, Eval: eval_run, Report: report, Info: info}
+Method = Union[Annotated[TrainSourceOnly, subcommand('source-only')], Annotated[TrainDIP, subcommand('dip')],
+               Annotated[TrainIAPC, subcommand('iapc')], Annotated[TrainPBAL, subcommand('pbal')]]
 Command = Union[
     Annotated[Demo, subcommand('demo')],
-    Annotated[Method, subcommand('train', description='Train a method: source-only or dip.')],
+    Annotated[Method, subcommand('train', description='Train a method: source-only, dip, iapc or pbal.')],
     Annotated[MakePrototypes, subcommand('prototypes')], Annotated[Predict, subcommand('predict')],
     Annotated[Eval, subcommand('eval')], Annotated[Report, subcommand('report')], Annotated[Info, subcommand('info')]]
 
@@ -441,6 +489,8 @@ EXAMPLES = """Prototype-based domain adaptation for semantic segmentation.
 examples:
   protonb demo
   protonb train dip --source gta5:/data/GTA5 --target cityscapes:/data/cityscapes --out runs/city --weights resnet101_v2.pth
+  protonb train iapc --start runs/source --target cityscapes:/data/cityscapes --out runs/source-free
+  protonb train pbal --source gta5:/data/GTA5 --target cityscapes:/data/cityscapes --out runs/pbal --weights resnet101.pth
   protonb eval runs/city --data cityscapes:/data/cityscapes
   protonb predict runs/city photos/ --out predictions
   protonb report runs/base runs/city --data cityscapes:/data/cityscapes

@@ -1,0 +1,144 @@
+"""Every method on procedural streets: one network, one budget, several seeds; mIoU on unseen target scenes.
+
+    python benchmarks/streets.py [--seeds 0 1 2] [--out runs/streets] [--only start source_only oracle iapc pbal]
+
+Each seed trains a start on source scenes. From there everything gets the same number of steps a stage: more source scenes, labelled target scenes (the oracle), and each stage of each
+method. Finished stages are kept, stopped ones go on. Rows of streets.csv are written as stages end, with the command that made them; the table over seeds is printed.
+"""
+import argparse
+import copy
+import csv
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from protonb import iapc, pbal, source_only
+from protonb.core import atomic_path
+from protonb.deeplab import pbal_small
+from protonb.evaluation import evaluate
+from protonb.labels import CITYSCAPES
+from protonb.proda import Distill, distill_round
+from protonb.runs import space_to_dict
+from protonb.self_training import WeakView
+from protonb.streets import REAL, SYNTHETIC, Streets
+from protonb.training import Train, seed_everything
+from protonb.transforms import Augment
+
+RESULTS = Path(__file__).resolve().parent/'streets.csv'
+KEY = ['stage', 'seed', 'network']
+COLUMNS = [*KEY, 'steps', 'batch', 'miou', 'torch', 'date', 'command']
+STAGES = ['start', 'source_only', 'oracle', 'iapc', 'pbal']
+H, W = 97, 193
+BATCH, START, STEPS = 4, 1200, 400
+ABOUT = dict(net='pbal_small', space=space_to_dict(CITYSCAPES))
+CROP = Augment(crop_height=H, crop_width=W)
+
+# The released numbers belong to an ImageNet start, crops of half a million pixels and tens of thousands of steps. What is changed for a network of half a million weights that sees
+# 400 batches of small scenes, once and for all seeds: learning rates, their schedule's length, the time constants of averages, and window sizes.
+VIEW = iapc.IAPCView(base_height=121, base_width=241, crop_height=H, crop_width=W, more_than=8, refresh_height=H, refresh_width=W)
+IAPC = iapc.IAPC(lr=.003, warm=50, length=4000, ema=.99, entropy=.1, rare_pixels=H*W//32, scales=(1., 1.25, .75), test_height=None, view=VIEW)
+WEAK = WeakView(base_width=241, low=.81, high=1.4, crop_height=H, crop_width=W)
+PBAL = dict(lr=.01, head_factor=1., max_iter=STEPS+STEPS//10, view=WEAK)
+
+
+class Bench:
+    "The runs of one seed."
+    def __init__(self, home, seed, data):
+        self.home, self.seed, self.data = Path(home)/f'seed{seed}', seed, data
+
+    def run(self, steps=STEPS): return Train(steps=steps, batch_size=BATCH, seed=self.seed, checkpoint_every=100)
+
+    def fresh(self):
+        seed_everything(self.seed, 'init')
+        return pbal_small()
+
+    def labelled(self, name, images, net, steps=STEPS):
+        "Training on labelled images of either domain."
+        cfg = source_only.SourceOnly(lr=.1 if name == 'start' else .03, augment=CROP)
+        source_only.train(images, net, cfg, self.run(steps), run_dir=self.home/name, config=ABOUT)
+        return net
+
+    def start(self):
+        "The common start; trained once."
+        net = self.labelled('start', self.data['source'], self.fresh(), START)
+        return net.requires_grad_(True)
+
+    def stages(self, name):
+        "Title -> network, one after the other."
+        net = self.start()
+        if name == 'start': yield 'start', net
+        elif name == 'source_only': yield name, self.labelled(name, self.data['source'], net)
+        elif name == 'oracle': yield name, self.labelled(name, self.data['target'], net)
+        elif name == 'iapc': yield name, self.iapc(net)
+        elif name == 'pbal': yield from self.pbal(net)
+
+    def iapc(self, net):
+        run_dir = self.home/'iapc'
+        labels = iapc.pseudo_labels(self.data['target'], net, IAPC, run_dir=run_dir)
+        return iapc.train(labels, net, IAPC, self.run(), run_dir=run_dir, config=ABOUT)['net']
+
+    def pbal(self, net):
+        s, t, first = self.data['source'], self.data['target'], copy.deepcopy(net)
+        how = dict(run_dir=self.home/'pbal', config=ABOUT)
+        pbal.warm_up(s, t, net, pbal.WarmUp(**PBAL), self.run(), **how)
+        yield 'pbal warm-up', net
+        pbal.bpl(s, t, net, pbal.BPL(**PBAL), self.run(), **how)
+        yield 'pbal BPL', net
+        labels = pbal.make_pseudo(t, net, pbal.PST(**PBAL), self.run(), run_dir=how['run_dir'])
+        student = copy.deepcopy(first)                      # the released start is ImageNet; here it is the common one
+        pbal.pst(s, labels, student, pbal.PST(**PBAL), self.run(), **how)
+        yield 'pbal PST', student
+        cfg, teacher = Distill(lr=.01, head_factor=1., length=STEPS+STEPS//10, mean_std=True, weak=WEAK), student
+        for i in (1, 2):
+            student = copy.deepcopy(first if i == 1 else student)
+            distill_round(s, t, student, teacher, cfg, self.run(), stage=f'distill_{i}', **how)
+            yield f'pbal distillation {i}', student
+            teacher = student
+
+
+def read_rows():
+    if not RESULTS.exists(): return []
+    with open(RESULTS, newline='') as f: return list(csv.DictReader(f))
+
+
+def write_row(row):
+    "Add a row; one of the same stage, seed and network is replaced."
+    rows = [r for r in read_rows() if any(str(r[k]) != str(row[k]) for k in KEY)]+[row]
+    with atomic_path(RESULTS) as p, open(p, 'w', newline='') as f:
+        out = csv.DictWriter(f, COLUMNS, lineterminator='\n')
+        out.writeheader()
+        out.writerows(rows)
+
+
+def table(rows):
+    "Mean and spread of every stage."
+    for stage in dict.fromkeys(r['stage'] for r in rows):
+        v = [float(r['miou']) for r in rows if r['stage'] == stage]
+        print(f'{stage:24}{statistics.mean(v):6.1f} ± {statistics.stdev(v) if len(v) > 1 else 0:.1f}   ' + ' '.join(f'{x:.1f}' for x in v))
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    p.add_argument('--out', type=Path, default=Path('runs')/'streets')
+    p.add_argument('--only', nargs='+', choices=STAGES, default=STAGES)
+    p.add_argument('--no-write', action='store_true', help='leave streets.csv as it is')
+    args = p.parse_args()
+    data = dict(source=Streets(SYNTHETIC, 300, size=(H, W), seed=0), target=Streets(REAL, 200, size=(H, W), seed=1), val=Streets(REAL, 60, size=(H, W), seed=2))
+    rows = []
+    for seed in args.seeds:
+        for name in args.only:
+            for title, net in Bench(args.out, seed, data).stages(name):
+                score = 100*evaluate(source_only.segmenter(net), data['val'], progress=False).miou
+                net.train()
+                print(f'seed {seed}, {title}: {score:.1f}', flush=True)
+                rows.append(dict(stage=title, seed=seed, network=ABOUT['net'], steps=START if title == 'start' else STEPS, batch=BATCH, miou=f'{score:.2f}', torch=torch.__version__,
+                                 date=time.strftime('%Y-%m-%d'), command='python benchmarks/streets.py'))
+                if not args.no_write: write_row(rows[-1])
+    table(rows)
+
+
+if __name__ == '__main__': main()
