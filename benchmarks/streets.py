@@ -22,7 +22,7 @@ from protonb.evaluation import evaluate
 from protonb.labels import CITYSCAPES
 from protonb.proda import Distill, distill_round
 from protonb.runs import space_to_dict
-from protonb.self_training import WeakView
+from protonb.self_training import WeakView, refresh_statistics
 from protonb.streets import REAL, SYNTHETIC, Streets
 from protonb.training import Train, seed_everything
 from protonb.transforms import Augment
@@ -30,7 +30,7 @@ from protonb.transforms import Augment
 RESULTS = Path(__file__).resolve().parent/'streets.csv'
 KEY = ['stage', 'seed', 'network']
 COLUMNS = [*KEY, 'steps', 'batch', 'miou', 'torch', 'date', 'command']
-STAGES = ['start', 'source_only', 'oracle', 'iapc', 'pbal']
+STAGES = ['start', 'adabn', 'source_only', 'oracle', 'iapc', 'pbal']
 H, W = 97, 193
 BATCH, START, STEPS = 4, 1200, 400
 ABOUT = dict(net='pbal_small', space=space_to_dict(CITYSCAPES))
@@ -38,10 +38,11 @@ CROP = Augment(crop_height=H, crop_width=W)
 
 # The released numbers belong to an ImageNet start, crops of half a million pixels and tens of thousands of steps. What is changed for a network of half a million weights that sees
 # 400 batches of small scenes, once and for all seeds: learning rates, their schedule's length, the time constants of averages, and window sizes.
-VIEW = iapc.IAPCView(base_height=121, base_width=241, crop_height=H, crop_width=W, more_than=8, refresh_height=H, refresh_width=W)
-IAPC = iapc.IAPC(lr=.003, warm=50, length=4000, ema=.99, entropy=.1, rare_pixels=H*W//32, scales=(1., 1.25, .75), test_height=None, view=VIEW)
-WEAK = WeakView(base_width=241, low=.81, high=1.4, crop_height=H, crop_width=W)
+VIEW = iapc.IAPCView(base_height=102, base_width=202, crop_height=81, crop_width=161, more_than=8, refresh_height=H, refresh_width=W)
+IAPC = iapc.IAPC(lr=.003, warm=50, length=STEPS+STEPS//10, ema=.99, entropy=.1, adapt_bn=64, rare_pixels=81*161//32, scales=(1., 1.25, .75), test_height=None, view=VIEW)
+WEAK = WeakView(base_width=241, low=.81, high=1.4, crop_height=H-1, crop_width=W-1)
 PBAL = dict(lr=.01, head_factor=1., max_iter=STEPS+STEPS//10, view=WEAK)
+ADVERSARY = dict(disc_width=16)
 
 
 class Bench:
@@ -72,6 +73,7 @@ class Bench:
         if name == 'start': yield 'start', net
         elif name == 'source_only': yield name, self.labelled(name, self.data['source'], net)
         elif name == 'oracle': yield name, self.labelled(name, self.data['target'], net)
+        elif name == 'adabn': yield name, refresh_statistics(net, self.data['target'])
         elif name == 'iapc': yield name, self.iapc(net)
         elif name == 'pbal': yield from self.pbal(net)
 
@@ -83,9 +85,9 @@ class Bench:
     def pbal(self, net):
         s, t, first = self.data['source'], self.data['target'], copy.deepcopy(net)
         how = dict(run_dir=self.home/'pbal', config=ABOUT)
-        pbal.warm_up(s, t, net, pbal.WarmUp(**PBAL), self.run(), **how)
+        pbal.warm_up(s, t, net, pbal.WarmUp(**PBAL, **ADVERSARY), self.run(), **how)
         yield 'pbal warm-up', net
-        pbal.bpl(s, t, net, pbal.BPL(**PBAL), self.run(), **how)
+        pbal.bpl(s, t, net, pbal.BPL(**PBAL, **ADVERSARY), self.run(), **how)
         yield 'pbal BPL', net
         labels = pbal.make_pseudo(t, net, pbal.PST(**PBAL), self.run(), run_dir=how['run_dir'])
         student = copy.deepcopy(first)                      # the released start is ImageNet; here it is the common one
@@ -135,7 +137,7 @@ def main():
                 score = 100*evaluate(source_only.segmenter(net), data['val'], progress=False).miou
                 net.train()
                 print(f'seed {seed}, {title}: {score:.1f}', flush=True)
-                rows.append(dict(stage=title, seed=seed, network=ABOUT['net'], steps=START if title == 'start' else STEPS, batch=BATCH, miou=f'{score:.2f}', torch=torch.__version__,
+                rows.append(dict(stage=title, seed=seed, network=ABOUT['net'], steps=START if title in ('start', 'adabn') else STEPS, batch=BATCH, miou=f'{score:.2f}', torch=torch.__version__,
                                  date=time.strftime('%Y-%m-%d'), command='python benchmarks/streets.py'))
                 if not args.no_write: write_row(rows[-1])
     table(rows)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Net', 'DEMO', 'COMMANDS', 'Method', 'Command', 'EXAMPLES', 'Stopped', 'go_on', 'TrainSourceOnly', 'space_named',
            'probe', 'train_source_only', 'TrainDIP', 'choose_support', 'prepare_dip', 'train_dip', 'TrainIAPC',
-           'train_iapc', 'TrainPBAL', 'train_pbal', 'MakePrototypes', 'make_prototypes', 'Eval', 'eval_run', 'Predict',
-           'find_images', 'predict', 'sampled_features', 'make_report', 'Report', 'report', 'Demo', 'demo_data', 'demo',
-           'write_seeds', 'Info', 'info', 'parse', 'main']
+           'train_iapc', 'TrainPBAL', 'train_pbal', 'TrainProDA', 'train_proda', 'MakePrototypes', 'make_prototypes',
+           'Eval', 'eval_run', 'Predict', 'find_images', 'predict', 'sampled_features', 'make_report', 'Report',
+           'report', 'Demo', 'demo_data', 'demo', 'write_seeds', 'Info', 'info', 'parse', 'main']
 
-# %% ../nbs/07_shell/02_cli.ipynb #f4250cd7
+# %% ../nbs/07_shell/02_cli.ipynb #7bb1835f
 import contextlib, io, re, sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,16 +17,16 @@ from typing import Annotated, Literal, Union
 import torch
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
-from . import dip, iapc, pbal, source_only
+from . import dip, iapc, pbal, proda, source_only
 from .core import InputError, atomic_path
 from .datasets import open_dataset, take
 from .dip import DIP, LISTS, clean, mark_raw, named_support, released
+from .discriminators import proda_discriminator
 from .evaluation import Scores, compare_table, evaluate, label_map
 from .evaluation import predict as predict_files
 from .labels import SPACES
 from .pooling import labels_on_grid
 from .prototypes import Support, class_prototypes, greedy_support, require_all_classes, save_prototypes
-from .pseudo_labels import Unlabelled
 from .report import write_report
 from .runs import ADAPTABLE, NETWORKS, build_net, open_run, read_config, read_scores, save_scores, space_to_dict, start_from
 from .source_only import SourceOnly
@@ -184,7 +184,7 @@ def score(
     print(scores.table())
     return scores
 
-# %% ../nbs/07_shell/02_cli.ipynb #2972c41c
+# %% ../nbs/07_shell/02_cli.ipynb #8af3dc11
 @dataclass
 class TrainIAPC:
     "Adapt a source model to unlabelled target images; the source images are not needed any more."
@@ -200,13 +200,13 @@ def train_iapc(o:TrainIAPC):
     acc,first = accelerator_for(o.train),open_run(o.start)
     if first.config['net'] not in ADAPTABLE:
         raise InputError(f'{o.start}: its network is {first.config["net"]}; IAPC needs one of {", ".join(ADAPTABLE)}')
-    target = probe(Unlabelled(open_dataset(o.target, 'train', first.space)))
+    target = probe(open_dataset(o.target, 'train', first.space, labelled=False))
     val = probe(open_dataset(o.val, 'val', first.space)) if o.val else None
     about = dict(net=first.config['net'], space=space_to_dict(first.space), start=str(o.start), target=o.target)
     labels = iapc.pseudo_labels(target, first.net.to(acc.device), o.hyper, run_dir=o.out, acc=acc)
     return finish(o, iapc.train(labels, first.net, o.hyper, o.train, run_dir=o.out, config=about), val)
 
-# %% ../nbs/07_shell/02_cli.ipynb #6c57f9e6
+# %% ../nbs/07_shell/02_cli.ipynb #9cf16ee4
 @dataclass
 class TrainPBAL:
     "Adapt with PBAL: warm-up, bidirectional alignment, self-training, two rounds of distillation."
@@ -224,11 +224,36 @@ class TrainPBAL:
 def train_pbal(o:TrainPBAL):
     "protonb train pbal"
     source = probe(open_dataset(o.source, 'train', space_named(o.classes)))
-    target = probe(Unlabelled(open_dataset(o.target, 'train', source.space)))
+    target = probe(open_dataset(o.target, 'train', source.space, labelled=False))
     val = probe(open_dataset(o.val, 'val', source.space)) if o.val else None
     fresh = lambda: build_net(o.net, source.space.num_classes, o.weights, o.train.seed)
     about = dict(net=o.net, space=space_to_dict(source.space), source=o.source, target=o.target, weights=str(o.weights or ''))
     return finish(o, pbal.train(source, target, fresh, o.hyper, o.train, run_dir=o.out, config=about, until=o.until), val)
+
+# %% ../nbs/07_shell/02_cli.ipynb #bec95932
+@dataclass
+class TrainProDA:
+    "Adapt with ProDA: warm-up, prototypes and soft labels, denoising, two rounds of distillation."
+    source:str                  # Labelled source images, kind:path, e.g. gta5:/data/GTA5
+    target:str                  # Target training images, kind:path; their labels are never opened
+    out:Path                    # Run folder; the same command goes on where it was stopped
+    net:Literal[tuple(ADAPTABLE)] = 'proda_resnet101' # Network
+    weights:Path|None = None    # Start of the first network: an ImageNet backbone, or the folder of another run
+    student:Path|None = None    # Start of the distilled one (released: SimCLR); as `weights` when left out
+    classes:str = ''            # Class space: cityscapes, cityscapes16, cityscapes13, camvid; the source's own when left out
+    val:str = ''                # Score on this data set (split val) at the end
+    hyper:proda.ProDA = field(default_factory=proda.ProDA)
+    train:OmitArgPrefixes[Train] = field(default_factory=lambda: Train(steps=62412, batch_size=4))
+
+def train_proda(o:TrainProDA):
+    "protonb train proda"
+    source = probe(open_dataset(o.source, 'train', space_named(o.classes)))
+    target = probe(open_dataset(o.target, 'train', source.space, labelled=False))
+    val = probe(open_dataset(o.val, 'val', source.space)) if o.val else None
+    first,last = (build_net(o.net, source.space.num_classes, w, o.train.seed) for w in (o.weights, o.student or o.weights))
+    about = dict(net=o.net, space=space_to_dict(source.space), source=o.source, target=o.target, weights=str(o.weights or ''))
+    D = proda_discriminator(source.space.num_classes)
+    return finish(o, proda.train(source, target, first, D, last, o.hyper, o.train, run_dir=o.out, config=about), val)
 
 # %% ../nbs/07_shell/02_cli.ipynb #f56d546c
 @dataclass
@@ -473,14 +498,15 @@ def info(o:Info):
     for name,s in read_scores(o.run).items(): print(f'{name}: mIoU ' + ', '.join(f'{100*v:.1f} over {t}' for t,v in s.subset_mious.items()))
     return 0
 
-# %% ../nbs/07_shell/02_cli.ipynb #3980afdc
+# %% ../nbs/07_shell/02_cli.ipynb #2ff074c6
 COMMANDS = {Demo: demo, TrainSourceOnly: train_source_only, TrainDIP: train_dip, TrainIAPC: train_iapc, TrainPBAL: train_pbal,
-            MakePrototypes: make_prototypes, Predict: predict, Eval: eval_run, Report: report, Info: info}
+            TrainProDA: train_proda, MakePrototypes: make_prototypes, Predict: predict, Eval: eval_run, Report: report, Info: info}
 Method = Union[Annotated[TrainSourceOnly, subcommand('source-only')], Annotated[TrainDIP, subcommand('dip')],
-               Annotated[TrainIAPC, subcommand('iapc')], Annotated[TrainPBAL, subcommand('pbal')]]
+               Annotated[TrainIAPC, subcommand('iapc')], Annotated[TrainPBAL, subcommand('pbal')],
+               Annotated[TrainProDA, subcommand('proda')]]
 Command = Union[
     Annotated[Demo, subcommand('demo')],
-    Annotated[Method, subcommand('train', description='Train a method: source-only, dip, iapc or pbal.')],
+    Annotated[Method, subcommand('train', description='Train a method: source-only, dip, iapc, pbal or proda.')],
     Annotated[MakePrototypes, subcommand('prototypes')], Annotated[Predict, subcommand('predict')],
     Annotated[Eval, subcommand('eval')], Annotated[Report, subcommand('report')], Annotated[Info, subcommand('info')]]
 
@@ -496,7 +522,7 @@ examples:
   protonb report runs/base runs/city --data cityscapes:/data/cityscapes
 
 data sets:
-  gta5:DIR  cityscapes:DIR  camvid:DIR  carla:DIR  folder:FILE.toml  streets:synthetic  streets:real"""
+  gta5:DIR  cityscapes:DIR  camvid:DIR  carla:DIR  folder:FILE.toml  images:DIR (unlabelled)  streets:synthetic  streets:real"""
 
 # %% ../nbs/07_shell/02_cli.ipynb #91a45176
 def parse(

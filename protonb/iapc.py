@@ -7,7 +7,7 @@ __all__ = ['TERMS', 'IAPCView', 'IAPC', 'draw_window', 'three_views', 'samples',
            'image_prototypes', 'similarity', 'scrambled', 'band_terms', 'pixel_terms', 'losses', 'Trio', 'step', 'trio',
            'rate', 'optimizer_for', 'pseudo_labels', 'train', 'sized_segmenter']
 
-# %% ../nbs/05_methods/03_iapc.ipynb #acbebd5a
+# %% ../nbs/05_methods/03_iapc.ipynb #a9659791
 import copy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from .pooling import full_precision
 from .pseudo_labels import HardLabels, Unlabelled, write_labels
 from .resnet import freeze_affine
 from .sampling import shuffled_index
-from .self_training import RepeatedSGD, head_groups, reduced, resize_image, update_average, wait_long
+from .self_training import RepeatedSGD, head_groups, reduced, refresh_statistics, resize_image, update_average, wait_long
 from .source_only import feed_for, segmenter
 from .training import Train, accelerator_for, fit
 from .transforms import normalize, resize_label
@@ -56,7 +56,7 @@ class IAPCView:
                 least = round(getattr(self, f'{name}_{side}')*scale)
                 if not 0 < crop <= least: raise InputError(f'crop_{side} is {crop}, but the smallest {name} image has a {side} of {least}')
 
-# %% ../nbs/05_methods/03_iapc.ipynb #29d64b90
+# %% ../nbs/05_methods/03_iapc.ipynb #0ac38f62
 @dataclass
 class IAPC:
     "Hyper-parameters of IAPC; the defaults are the effective values of the released code."
@@ -73,13 +73,13 @@ class IAPC:
     symmetric:float = .04          # Weight of each prototype-symmetric term
     enhanced:float = .5            # Weight of the prototype-enhanced term
     entropy:float = 2.             # Weight of the entropy
-    importance_on:Literal['logits', 'probs'] = 'logits'  # What the source model's two best values are taken from
-    clamp_importance:bool = False  # Keep the importance in 0..1 (logits can leave it)
+    importance_on:Literal['logits', 'probs', 'clamped'] = 'logits'  # Source model's values; 'clamped': logits, kept in 0..1
     legacy_scramble:bool = False   # The symmetric term as the code of 2023 had it
     rare:float = 7.                # Weight of a class with fewer than `rare_pixels` an image, and of one that was absent
     rare_pixels:int = 64*64        # See `rare`
     recall:float = .9              # Memory of the running factor of absent classes
     scales:tuple[float, ...] = (.5, .625, .375)  # Sizes that vote on the pseudo labels, over the file's; mirror images vote too
+    adapt_bn:int = 0               # Target images that give the source model new batch-norm statistics first; released: none
     test_height:int|None = 512     # Images are resized to this height for the student's segmentations; None: as they are
     view:IAPCView = field(default_factory=IAPCView)  # Windows and augmentation
 
@@ -132,15 +132,15 @@ def samples(
         return views | dict(refresh=other[:, top:top+cfg.crop_height, left:left+cfg.crop_width])
     return make
 
-# %% ../nbs/05_methods/03_iapc.ipynb #3e8ccce0
+# %% ../nbs/05_methods/03_iapc.ipynb #b73f2b2b
 def importance(
     logits,  # (K,...) of the source model, classes first
-    cfg:IAPC,# importance_on, clamp_importance
+    cfg:IAPC,# importance_on
 )->Tensor:   # (...)
     "1 - second/first of the two best values at each pixel."
     best = (logits.softmax(0) if cfg.importance_on == 'probs' else logits).topk(2, dim=0).values
     w = 1 - best[1]/best[0]
-    return w.clamp(0, 1) if cfg.clamp_importance else w
+    return w.clamp(0, 1) if cfg.importance_on == 'clamped' else w
 
 # %% ../nbs/05_methods/03_iapc.ipynb #c1bbc459
 def class_factors(
@@ -304,7 +304,7 @@ def step(
         with torch.no_grad(): nets.student(normalize(batch['refresh']))
     return log | dict(rare_weight=omega.max())
 
-# %% ../nbs/05_methods/03_iapc.ipynb #49c7c38e
+# %% ../nbs/05_methods/03_iapc.ipynb #b9beee54
 def trio(
     source,     # Trained network of the source domain
     cfg:IAPC,   # memory_bn
@@ -319,7 +319,7 @@ def rate(
     cfg:IAPC,   # warm, length
 )->float:       # Factor on the learning rates
     "A tenth at first, growing evenly over `warm` steps, then a slow decay (section 5)."
-    return .1 + .9*i/cfg.warm if i < cfg.warm else (1-i/cfg.length)**.9
+    return .1 + .9*i/cfg.warm if i < cfg.warm else max(0., 1-i/cfg.length)**.9
 
 def optimizer_for(
     net,        # The student
@@ -330,11 +330,11 @@ def optimizer_for(
     opt = RepeatedSGD(head_groups(net, cfg.lr, cfg.head_factor, times), cfg.lr, cfg.momentum, weight_decay=5e-4, nesterov=True)
     return opt, LambdaLR(opt, lambda i: rate(i, cfg))
 
-# %% ../nbs/05_methods/03_iapc.ipynb #8186a824
+# %% ../nbs/05_methods/03_iapc.ipynb #19236c20
 def pseudo_labels(
     images,     # Target images; their labels are never opened
-    source,     # Trained network of the source domain
-    cfg:IAPC,   # scales
+    source,     # Trained network of the source domain; `adapt_bn` changes its statistics in place
+    cfg:IAPC,   # scales, adapt_bn
     *,
     run_dir,    # Folder of the run; labels go to its `pseudo`
     acc=None,   # Accelerator: where to compute; its main process labels, the others wait
@@ -342,6 +342,7 @@ def pseudo_labels(
 )->HardLabels:  # The images with their pseudo labels
     "Stage 1: the source model labels every image once, no pixel is left out; goes on where it was stopped."
     photos,folder = Unlabelled(images),Path(run_dir)/'pseudo'
+    if cfg.adapt_bn: refresh_statistics(source, photos, cfg.adapt_bn)
     if acc is None or acc.is_main_process:
         write_labels(segmenter(source), photos, folder, photos.space, scales=cfg.scales, flip=True,
                      device=next(source.parameters()).device, progress=progress)

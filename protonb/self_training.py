@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['RepeatedSGD', 'head_groups', 'poly_from_zero', 'update_average', 'without_gradient', 'reduced', 'wait_long',
-           'WeakView', 'Geometry', 'draw_geometry', 'resize_image', 'cut', 'weak_view', 'weak_samples']
+           'WeakView', 'Geometry', 'draw_geometry', 'resize_image', 'cut', 'weak_view', 'weak_samples',
+           'refresh_statistics']
 
-# %% ../nbs/04_learning/07_self_training.ipynb #5bccd5c2
+# %% ../nbs/04_learning/07_self_training.ipynb #9a021558
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,10 +17,10 @@ from PIL import Image
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from .core import InputError, rng_for
-from .dip_net import under
+from .dip_net import BATCH_NORMS, under
 from .sampling import shuffled_index
 from .training import bare
-from .transforms import resize_label
+from .transforms import normalize, resize_label
 
 # %% ../nbs/04_learning/07_self_training.ipynb #b8f15ae0
 class RepeatedSGD(torch.optim.Optimizer):
@@ -225,3 +226,26 @@ def weak_samples(
         image,label,_ = weak_view(image, label, rng, cfg)
         return (image if strong is None else strong(image, rng)), label
     return make
+
+# %% ../nbs/04_learning/07_self_training.ipynb #26172cac
+@torch.no_grad()
+def refresh_statistics(
+    net,                # Network, changed in place
+    dataset,            # Items are (image uint8 (3,H,W), anything); labels are not looked at
+    count:int=64,       # Images, evenly spread over the data set
+    batch_size:int=8,   # Images at a time; they are resized to the size of the first
+):                      # The same network
+    "Replace the stored statistics of every batch norm by those of some images; each batch counts the same."
+    norms,was = [m for m in net.modules() if isinstance(m, BATCH_NORMS)],net.training
+    device,at = next(net.parameters()).device,torch.linspace(0, len(dataset)-1, min(count, len(dataset))).round().long().tolist()
+    size = tuple(dataset[0][0].shape[1:])
+    net.eval()
+    momenta = [m.momentum for m in norms]
+    for m in norms:
+        m.reset_running_stats()
+        m.train().momentum = None              # a plain mean over the batches
+    for i in range(0, len(at), batch_size):
+        images = [dataset[j][0] for j in at[i:i+batch_size]]
+        net(normalize(torch.stack([x if tuple(x.shape[1:]) == size else resize_image(x, size) for x in images]).to(device)))
+    for m,momentum in zip(norms, momenta): m.momentum = momentum
+    return net.train(was)

@@ -212,3 +212,54 @@ def test_killed_and_started_again_dip_ends_with_the_same_weights(camvid, tmp_pat
     for name in ("checkpoints/dip-0000030/net.safetensors", "metrics.csv", "prototypes.safetensors"):
         whole, killed = (tmp_path / out / name for out in ("whole", "killed"))
         assert whole.read_bytes() == killed.read_bytes(), name
+
+
+# ------------------------------------------------------------------------------------------------------ self-training
+
+WINDOW = ["--base-height", "81", "--base-width", "121", "--crop-height", "65", "--crop-width", "97", "--refresh-height", "65",
+          "--refresh-width", "97"]
+
+
+def source_free(start, root, out, *more):
+    return ["train", "iapc", "--start", start, "--target", f"camvid:{root}", "--out", out, "--steps", "2", "--batch-size", "2",
+            "--device", "cpu", "--scales", "1.0", "--test-height", "None", *WINDOW, *more]
+
+
+def pbal(root, out, *more):
+    sizes = []
+    for name in ("warm-up.view", "bpl.view", "pst.view", "distill.weak"):
+        sizes += [f"--hyper.{name}.base-width", "97", f"--hyper.{name}.low", "1.0", f"--hyper.{name}.crop-height", "64",
+                  f"--hyper.{name}.crop-width", "96"]
+    return ["train", "pbal", "--source", f"camvid:{root}", "--target", f"camvid:{root}", "--out", out, "--net", "pbal_small",
+            "--steps", "1", "--batch-size", "2", "--device", "cpu", *sizes, *more]
+
+
+def test_source_free_adaptation_from_the_shell(camvid, tmp_path, capsys):
+    start = [str(a) for a in base(camvid, tmp_path / "start")]
+    start[start.index("dip_small")] = "iapc_small"
+    assert main(start) == 0
+    (camvid / "trainannot" / "a.png").unlink()          # nobody asks for target labels any more
+    for f in (camvid / "trainannot").iterdir():
+        f.write_bytes(b"not a label")
+    args = [str(a) for a in source_free(tmp_path / "start", camvid, tmp_path / "run")]
+    assert main(args) == 0
+    assert len(list((tmp_path / "run" / "pseudo").glob("*.png"))) == 6
+    wide = ["97000" if a == "97" and b == "--crop-width" else a for b, a in zip(["", *args], args)]
+    fails(wide, capsys, "crop_width", "97000")
+
+
+def test_source_free_adaptation_refuses_what_it_cannot_start_from(camvid, tmp_path, capsys):
+    fails(source_free(tmp_path / "nowhere", camvid, tmp_path / "run"), capsys, "nowhere", "run folder", out=tmp_path / "run")
+    assert main([str(a) for a in base(camvid, tmp_path / "dip")]) == 0
+    fails(source_free(tmp_path / "dip", camvid, tmp_path / "run"), capsys, "dip_small", "iapc_resnet101", out=tmp_path / "run")
+
+
+def test_pbal_goes_on_with_a_later_stage(camvid, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main([str(a) for a in pbal(camvid, run, "--until", "bpl")]) == 0
+    assert not (run / "pseudo").exists()
+    assert main([str(a) for a in pbal(camvid, run, "--until", "pst")]) == 0
+    stages = {p.name.split("-")[0] for p in (run / "checkpoints").iterdir()}
+    assert stages == {"warm_up", "bpl", "pst"} and (run / "pseudo" / "bpl" / "histogram.json").exists()
+    assert main(["eval", str(run), "--data", f"camvid:{camvid}"]) == 0
+    fails(pbal(camvid, run, "--until", "bql"), capsys, "bql")

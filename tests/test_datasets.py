@@ -309,7 +309,7 @@ def test_workers_read_the_same(gta):
 # ---- texts
 
 @pytest.mark.parametrize('spec,text', [
-    ('gta:x', "unknown kind 'gta', expected kind:path.*gta5, cityscapes, camvid, carla, folder, streets"), ('gta5', "data set 'gta5'"),
+    ('gta:x', "unknown kind 'gta', expected kind:path.*gta5, cityscapes, camvid, carla, folder, images, streets"), ('gta5', "data set 'gta5'"),
     ('', 'unknown kind'), ('gta5:', 'names no path'),
     ('gta5:x,bonnet=1', "gta5 has no option 'bonnet'"), ('gta5:x,size=96', 'size is .96., expected HEIGHTxWIDTH'),
     ('gta5:x,size=0x4', 'size is'),
