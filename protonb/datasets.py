@@ -354,7 +354,7 @@ class Cached:
         for i in range(len(self)): self[i]
         return self
 
-# %% ../nbs/01_data/03_datasets.ipynb #7ff97796
+# %% ../nbs/01_data/03_datasets.ipynb #34358633
 def _flag(v):
     if v in ('true', '1', 'yes'): return True
     if v in ('false', '0', 'no'): return False
@@ -369,7 +369,8 @@ def _whole(v):
     return int(v)
 
 _OPTIONS = dict(size=_size, cache=_flag, bonnet=_flag, count=_whole, seed=_whole, split=str)
-_KINDS = dict(gta5=(), cityscapes=('split',), camvid=('split',), carla=('bonnet',), folder=('split',), images=(), streets=('split', 'count', 'seed'))
+_KINDS = dict(gta5=(), cityscapes=('split',), camvid=('split',), carla=('bonnet',), folder=('split',), images=(),
+    streets=('split', 'count', 'seed'))
 
 def _parse(spec):
     "kind, path and options of a text such as 'camvid:data/camvid,size=180x240'."

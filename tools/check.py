@@ -47,7 +47,7 @@ def main():
     run("the book's rules", [sys.executable, "-m", "pytest", "-q", "tests/test_book.py"])
     run("kernels compile for sm_80, sm_90 and sm_100", [sys.executable, "tests/compile_kernels.py"])
     run("all notebooks", [BIN / "nbdev_test", "--n_workers", "2"])
-    run("pytest", [sys.executable, "-m", "pytest", "-q", "--durations", "8", "tests"])
+    run("pytest", [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", "--durations", "8", "tests"])
 
 
 if __name__ == "__main__":
