@@ -16,6 +16,7 @@ from protonb.discriminators import pbal_discriminator, proda_discriminator
 from protonb.mobilenet import MobileNetV2
 from protonb.resnet import to_torchvision_keys
 from protonb.source_only import upsampled_cross_entropy
+from protonb.transforms import normalize
 from protonb.weights import load_backbone, save_weights
 
 DATA = Path(__file__).parents[2]/'shared'/'data'
@@ -450,3 +451,17 @@ def test_a_discriminator_passes_gradients_to_the_probabilities_and_can_be_frozen
     z = torch.randn(2, 5, 96, 160, requires_grad=True)
     F.binary_cross_entropy_with_logits(d(z.softmax(1)), torch.zeros(())[None].expand_as(d(z.softmax(1)))).backward()
     assert z.grad.abs().sum() > 0 and all(p.grad is None for p in d.parameters())
+
+
+def test_the_exact_network_of_iapc_sees_what_caffe_models_see():
+    """BGR, 0..255, minus the means; 632 entries all the same, so nothing of it is in the file."""
+    torch.manual_seed(0)
+    net = iapc_resnet101().eval()
+    images = torch.randint(0, 256, (1, 3, 33, 65), dtype=torch.uint8)
+    caffe = images.float()[:, [2, 1, 0]] - torch.tensor([104.00698793, 116.66876762, 122.67891434])[:, None, None]
+    seen = []
+    net.layer0[0].register_forward_pre_hook(lambda m, x: seen.append(x[0]))
+    with torch.no_grad():
+        net(normalize(images))
+    assert (seen[0] - caffe).abs().max() < 1e-3
+    assert len(net.state_dict()) == 632
