@@ -1,7 +1,11 @@
 """IAPC's acceptance tests (specification, sections 13 and 14): losses against a version that loops, the step, and what a run may and may not open."""
 import copy
+import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +18,7 @@ from protonb.deeplab import iapc_resnet101, iapc_small, released_repeats
 from protonb.labels import CITYSCAPES, IGNORE
 from protonb.self_training import RepeatedSGD
 from protonb.streets import REAL, Streets
-from protonb.training import Train, load_checkpoint
+from protonb.training import Train, accelerator_for, latest_checkpoint, load_checkpoint, read_metrics, read_states
 
 VIEW = iapc.IAPCView(base_height=72, base_width=144, crop_height=49, crop_width=97, more_than=6, refresh_height=64, refresh_width=128)
 CFG = iapc.IAPC(lr=1e-3, warm=4, rare_pixels=100, scales=(1.,), view=VIEW)
@@ -305,3 +309,57 @@ def test_multiplicities_name_only_trained_parameters():
     net = small()
     times = released_repeats(net)
     assert set(times) == {n for n, p in net.named_parameters() if p.requires_grad}
+
+
+# ------------------------------------------------------------------------------------------------------------------ two processes
+
+TWO = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_iapc import processes
+processes(sys.argv[2])
+"""
+
+
+class Tiny(torch.nn.Module):
+    """Features at a quarter of the image and a classifier on them; no batch norm, so that the split of a batch does not show."""
+
+    def __init__(self):
+        super().__init__()
+        self.channels, self.num_classes, self.head_prefixes = 8, 19, ("head",)
+        self.body, self.head = torch.nn.Conv2d(3, 8, 5, 4, 2), torch.nn.Conv2d(8, 19, 1)
+
+    def forward(self, x, features=False):
+        f = self.body(x).relu()
+        return (self.head(f), f) if features else self.head(f)
+
+
+def processes(home):
+    """The same global batches on however many processes there are."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    torch.manual_seed(0)
+    source, photos = Tiny(), Streets(REAL, 8, size=(64, 128), seed=1)
+    run = Train(steps=4, batch_size=4 // world, device="cpu", log_every=1, checkpoint_every=4)
+    cfg = replace(CFG, lr=.05, head_factor=1., repeats="one", rare_pixels=300)
+    labels = iapc.pseudo_labels(photos, source, cfg, run_dir=home, acc=accelerator_for(run), progress=False)
+    iapc.train(labels, source, cfg, run, run_dir=home, progress=False)
+
+
+def test_two_processes_do_what_one_does(tmp_path):
+    env = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="",
+               PYTHONPATH=str(Path(__file__).parents[1]))
+    here = str(Path(__file__).parent)
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    for n in (1, 2):
+        done = subprocess.run([*torchrun, str(n), str(script), here, str(tmp_path / f"p{n}")], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (read_states(latest_checkpoint(tmp_path / f"p{n}")) for n in (1, 2))
+    for part in ("net", "memory", "running"):
+        for k, v in one[part].items():
+            assert torch.allclose(v, two[part][k], atol=1e-5), (part, k)
+    first = Tiny().state_dict()
+    assert not all(torch.allclose(v, first[k], atol=1e-3) for k, v in one["net"].items())
+    a, b = (read_metrics(tmp_path / f"p{n}") for n in (1, 2))
+    assert np.allclose(a["loss"][1], b["loss"][1], rtol=1e-5) and np.allclose(a["rare_weight"][1], b["rare_weight"][1])
