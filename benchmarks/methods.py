@@ -69,15 +69,13 @@ def iapc_released(i):
 
 def pbal_inputs(c, device):
     m, y, g = tensors(c, f=c['C'])
-    w, b, m['f'] = torch.randn(K, c['C'], generator=g)*.05, torch.zeros(K), m['f'].abs()
-    return m | dict(w=w, b=b, y=y, leaves=[m['f'].requires_grad_(), w.requires_grad_(), b.requires_grad_()])
-
-
-def head(i): return F.conv2d(i['f'], i['w'][:, :, None, None], i['b'])
+    w, m['f'] = torch.randn(K, c['C'], generator=g)*.05, m['f'].abs()
+    z = F.conv2d(m['f'], w[:, :, None, None])                      # the head belongs to the network
+    return m | dict(w=w, z=z, y=y, leaves=[m['f'].requires_grad_(), w.requires_grad_(), z.requires_grad_()])
 
 
 def bpl_ours(i):
-    z = head(i)
+    z = i['z']
     return pbal.cross_entropy(z, i['y'])+.1*sum(pbal.alignment(i['f'], z, i['w']))
 
 
@@ -88,14 +86,14 @@ def cosines(f, w):
 
 
 def bpl_released(i):
-    z = head(i)
+    z = i['z']
     cost = 1-cosines(i['f'], i['w'].detach())
     s2t = (z.softmax(1)*cost).sum(1).mean()
     flat, costs = z.transpose(0, 1).reshape(K, -1).contiguous(), cost.transpose(0, 1).reshape(K, -1).contiguous()
     return F.cross_entropy(up(z), i['y'], ignore_index=IGNORE)+.1*(s2t+(flat.softmax(1)*costs).sum(1).mean())
 
 
-def pst_ours(i): return pbal.cross_entropy(head(i), i['y'])+pbal.prototype_contrast_term(i['f'], i['w'], i['y'])
+def pst_ours(i): return pbal.cross_entropy(i['z'], i['y'])+pbal.prototype_contrast_term(i['f'], i['w'], i['y'])
 
 
 def pst_released(i):
@@ -105,7 +103,7 @@ def pst_released(i):
     own, others = (e.exp()*hot).sum(1), (e.exp()*(1-hot)).sum(1)
     keep = hot.sum(1)
     contrast = -(keep*(torch.where(keep > 0, own, 1.)/(own+others+1e-10)).log()).mean()
-    return F.cross_entropy(up(head(i)), i['y'], ignore_index=IGNORE)+contrast
+    return F.cross_entropy(up(i['z']), i['y'], ignore_index=IGNORE)+contrast
 
 
 # ------------------------------------------------------------------------------------------------ ProDA
