@@ -8,13 +8,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]/'benchmarks'))
 import bench  # noqa: E402
 from entries import ENTRIES, GOALS  # noqa: E402
+from methods import METHODS  # noqa: E402
 
 
 @pytest.fixture
 def args(): return type('Args', (), dict(seconds=.05))()
 
 
-@pytest.mark.parametrize('entry', ENTRIES, ids=[e.name for e in ENTRIES])
+@pytest.mark.parametrize('entry', ENTRIES+METHODS, ids=[e.name for e in ENTRIES+METHODS])
 def test_peers_compute_the_same_and_rows_are_whole(entry, args):
     for case in entry.cases('cpu', True):
         rows = bench.measure(entry, case, bench.Timer('cpu'), args, (10., .1))
