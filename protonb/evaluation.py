@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ABSENT', 'KINDS', 'confusion_matrix', 'iou', 'Scores', 'compare_table', 'scores_to_dict', 'scores_from_dict',
-           'argmax_upsampled', 'label_map', 'evaluate', 'blend', 'palette_png', 'output_paths', 'predict']
+           'enlarged_rows', 'argmax_upsampled', 'label_map', 'evaluate', 'blend', 'palette_png', 'output_paths',
+           'predict']
 
 # %% ../nbs/04_learning/03_evaluation.ipynb #9d2f1ac2
 import json
@@ -78,7 +79,7 @@ class Scores:
     @property
     def truth_share(self): return self.cm.sum(1).double() / self.cm.sum()         # (K,)
 
-# %% ../nbs/04_learning/03_evaluation.ipynb #466f6e49
+# %% ../nbs/04_learning/03_evaluation.ipynb #db6159a1
 def _pct(x, sign=False): return '-' if x != x else f'{100*x:+.1f}' if sign else f'{100*x:.1f}'
 
 def _align(rows):
@@ -150,23 +151,33 @@ def scores_from_dict(
 
 Scores.to_dict, Scores.from_dict = scores_to_dict, staticmethod(scores_from_dict)
 
-# %% ../nbs/04_learning/03_evaluation.ipynb #59b62a50
+# %% ../nbs/04_learning/03_evaluation.ipynb #f058a64d
+def enlarged_rows(
+    maps,    # (K,h,w) float
+    size,    # (H,W) they are enlarged to
+    top,     # First row wanted
+    bottom,  # Row after the last one wanted
+)->torch.Tensor:  # (K,bottom-top,W)
+    "Some rows of the enlarged maps (bilinear, align_corners=True); the others are not computed."
+    (_, h, _), (H, W) = maps.shape, size
+    y = torch.arange(top, bottom, device=maps.device) * ((h-1)/max(H-1, 1))
+    y0 = y.long().clamp(max=h-1)
+    tile = torch.lerp(maps[:, y0], maps[:, (y0+1).clamp(max=h-1)], (y-y0)[:, None])            # (K,rows,w)
+    return F.interpolate(tile[None], (bottom-top, W), mode='bilinear', align_corners=True)[0]
+
+# %% ../nbs/04_learning/03_evaluation.ipynb #d135a380
 def argmax_upsampled(
     logits,             # (K,h,w) float, any resolution; -inf for classes that cannot win
     size,               # (H,W) wanted
     tile_values=2**22,  # Largest number of enlarged logits in memory at once (4 bytes each)
 )->torch.Tensor:        # (H,W) int64, index of the largest logit; ties go to the lowest index
     "Bilinear (align_corners=True) enlargement and argmax, a few rows at a time."
-    (K, h, w), (H, W) = logits.shape, size
+    H, W = size
     logits = logits.float().clamp(min=-1e30)   # a finite floor: 0 * -inf would be nan
-    rows, out = max(1, tile_values // (K*W)), torch.empty(H, W, dtype=torch.int64, device=logits.device)
+    rows, out = max(1, tile_values // (len(logits)*W)), torch.empty(H, W, dtype=torch.int64, device=logits.device)
     for top in range(0, H, rows):
-        y = torch.arange(top, min(top+rows, H), device=logits.device) * ((h-1)/max(H-1, 1))
-        y0 = y.long().clamp(max=h-1)
-        y1 = (y0+1).clamp(max=h-1)
-        tile = torch.lerp(logits[:, y0], logits[:, y1], (y-y0)[:, None])                    # (K,rows,w)
-        wide = F.interpolate(tile[None], (len(y), W), mode='bilinear', align_corners=True)  # (1,K,rows,W)
-        out[top:top+rows] = wide[0].argmax(0)
+        bottom = min(top+rows, H)
+        out[top:bottom] = enlarged_rows(logits, size, top, bottom).argmax(0)
     return out
 
 # %% ../nbs/04_learning/03_evaluation.ipynb #44d4be76

@@ -95,14 +95,14 @@ def draw_window(
         if len(label[top:top+cfg.crop_height, left:left+cfg.crop_width].unique()) > cfg.more_than: break
     return top, left
 
-# %% ../nbs/05_methods/03_iapc.ipynb #a6c5fdc1
+# %% ../nbs/05_methods/03_iapc.ipynb #46f9b3d7
 def three_views(
     image,         # (3,H,W) uint8
     label,         # (H,W) pseudo labels
     rng,           # numpy Generator
     cfg:IAPCView,  # Sizes
 )->dict:           # base, plain, colour: uint8 (3,ch,cw); label (ch,cw)
-    "The memory model's, the source model's and the student's view of one place (section 3.1 of the specification)."
+    "The memory model's, the source model's and the student's view of one place."
     s,(ch,cw),(bh,bw) = rng.uniform(cfg.low, cfg.high),(cfg.crop_height, cfg.crop_width),(cfg.base_height, cfg.base_width)
     h,w = round(bh*s),round(bw*s)
     plain,label = resize_image(image, (h, w), Image.Resampling.BICUBIC),resize_label(label, (h, w))
@@ -115,17 +115,19 @@ def three_views(
     mirror = rng.random() < cfg.flip_p
     return {k: v.flip(-1) if mirror else v for k,v in views.items()}
 
-# %% ../nbs/05_methods/03_iapc.ipynb #f58c99fa
+# %% ../nbs/05_methods/03_iapc.ipynb #bed35771
 def samples(
     dataset,         # Items are (image uint8 (3,H,W), pseudo label (H,W))
     cfg:IAPCView,    # Sizes
     seed:int=0,      # Seed of order and views
-):                   # position -> dict of base, plain, colour, label, refresh
+    refresh=True,    # Also read another photo for the batch norm
+):                   # position -> dict of base, plain, colour, label and perhaps refresh
     "The stream of a run: three views of one photo, and a plain window of another one for the batch norm."
     size = cfg.refresh_height, cfg.refresh_width
     def make(position):
         rng = rng_for(seed, 'iapc', position)
         views = three_views(*dataset[shuffled_index(position, len(dataset), seed, 'target')], rng, cfg)
+        if not refresh: return views
         other,_ = dataset[shuffled_index(position, len(dataset), seed, 'refresh')]
         other = resize_image(other, size, Image.Resampling.BICUBIC)
         top,left = (int(rng.integers(0, n-c+1)) for n,c in zip(size, (cfg.crop_height, cfg.crop_width)))
@@ -251,7 +253,7 @@ def pixel_terms(
     "Everything that looks at the enlarged logits, band by band."
     with full_precision(z): return _PixelTerms.apply(z, z_source, y, y_p, omega, cfg)
 
-# %% ../nbs/05_methods/03_iapc.ipynb #d9d9ae4d
+# %% ../nbs/05_methods/03_iapc.ipynb #7c75e95b
 def losses(
     z, features,         # Student: logits (B,K,h,w), features (B,C,h',w')
     z_source,            # Source model: logits
@@ -260,10 +262,10 @@ def losses(
     omega,               # (K,) class weights
     cfg:IAPC,            # Weights, legacy_scramble
 )->tuple:                # loss, dict of its terms
-    "The whole loss of a batch (section 4.5)."
+    "The whole loss of a batch."
     size = y.shape[1:]
     S = similarity(features, image_prototypes(f_memory, z_memory, size))
-    y_p = torch.stack([resize_label(one, size) for one in S.argmax(1)])
+    y_p = resize_label(S.argmax(1), size)
     total,terms,own = pixel_terms(z, z_source, y, y_p, omega, cfg)
     other_way = logits_cross_entropy(scrambled(S) if cfg.legacy_scramble else S, own)
     loss = total + cfg.symmetric*other_way
@@ -304,7 +306,7 @@ def step(
         with torch.no_grad(): nets.student(normalize(batch['refresh']))
     return log | dict(rare_weight=omega.max())
 
-# %% ../nbs/05_methods/03_iapc.ipynb #b9beee54
+# %% ../nbs/05_methods/03_iapc.ipynb #09bcf38e
 def trio(
     source,     # Trained network of the source domain
     cfg:IAPC,   # memory_bn
@@ -318,7 +320,7 @@ def rate(
     i:int,      # Step, from 0
     cfg:IAPC,   # warm, length
 )->float:       # Factor on the learning rates
-    "A tenth at first, growing evenly over `warm` steps, then a slow decay (section 5)."
+    "A tenth at first, growing evenly over `warm` steps, then a slow decay."
     return .1 + .9*i/cfg.warm if i < cfg.warm else max(0., 1-i/cfg.length)**.9
 
 def optimizer_for(
@@ -349,7 +351,7 @@ def pseudo_labels(
     if acc: wait_long(acc)
     return HardLabels(photos, folder)
 
-# %% ../nbs/05_methods/03_iapc.ipynb #07e1f191
+# %% ../nbs/05_methods/03_iapc.ipynb #31976336
 def train(
     dataset,       # Target images with pseudo labels, e.g. from `pseudo_labels`
     source,        # Trained network of the source domain
@@ -369,7 +371,7 @@ def train(
     nets.student,opt = acc.prepare(nets.student, opt)
     for part in (nets.source, nets.memory, running): part.to(acc.device)
     one = lambda batch: step(nets, opt, sched, running.factor, batch, cfg, acc.backward, acc)
-    done = fit(one, feed_for(samples(dataset, cfg.view, run.seed), run, acc),
+    done = fit(one, feed_for(samples(dataset, cfg.view, run.seed, cfg.bn_refresh), run, acc),
                dict(net=nets.student, memory=nets.memory, opt=opt, sched=sched, running=running), run, run_dir=run_dir, stage='iapc',
                config=dict(config or {}, hyper=asdict(cfg)), accelerator=acc, progress=progress)
     return done | dict(net=bare_student)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SOURCE', 'TARGET', 'STAGES', 'WarmUp', 'BPL', 'PST', 'alignment', 'largest', 'mean_over', 'cross_entropy',
-           'nearest_labels', 'prototype_contrast_term', 'projection_head', 'probabilities', 'domain_loss',
-           'discriminator_step', 'prototypes', 'bpl_step', 'domain_pairs', 'optimizer_for', 'pst_step', 'for_processes',
-           'sum_over', 'warm_up', 'bpl', 'make_pseudo', 'pst', 'PBAL', 'train']
+           'prototype_contrast_term', 'projection_head', 'probabilities', 'domain_loss', 'discriminator_step',
+           'prototypes', 'bpl_step', 'domain_pairs', 'optimizer_for', 'pst_step', 'for_processes', 'sum_over',
+           'warm_up', 'bpl', 'make_pseudo', 'pst', 'PBAL', 'train']
 
-# %% ../nbs/05_methods/04_pbal.ipynb #2d735a98
+# %% ../nbs/05_methods/04_pbal.ipynb #345e0681
 import copy
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -27,7 +27,7 @@ from .self_training import WeakView, head_groups, reduced, wait_long, weak_sampl
 from .proda import Distill, distill_round
 from .source_only import feed_for, segmenter
 from .training import Train, accelerator_for, bare, fit, poly_lr
-from .transforms import normalize
+from .transforms import normalize, resize_label
 
 # %% ../nbs/05_methods/04_pbal.ipynb #a5192b19
 @dataclass
@@ -128,16 +128,7 @@ def cross_entropy(
     "Mean cross-entropy over the labelled pixels of the global batch, at label resolution."
     return mean_over(logits_cross_entropy(logits, labels, reduction='sum'), (labels != IGNORE).sum(), reduce)
 
-# %% ../nbs/05_methods/04_pbal.ipynb #1fa8ced9
-def nearest_labels(
-    labels,  # (B,H,W)
-    size,    # (h,w) wanted
-)->Tensor:   # (B,h,w)
-    "The label at (floor(iH/h), floor(jW/w)): pixel (4i,4j) for a quarter."
-    rows,cols = (torch.arange(n, device=labels.device)*N//n for N,n in zip(labels.shape[1:], size))
-    return labels[:, rows[:, None], cols]
-
-# %% ../nbs/05_methods/04_pbal.ipynb #f3695462
+# %% ../nbs/05_methods/04_pbal.ipynb #6aa37868
 def prototype_contrast_term(
     features,         # (B,C,h,w)
     weight,           # (K,C) rows of the classifier
@@ -149,7 +140,7 @@ def prototype_contrast_term(
     reduce=None,      # Tensor -> its sum over all processes
 )->Tensor:            # 0-d
     "Cross-entropy of cosines over `tau` between pixels and prototypes."
-    y = nearest_labels(labels, features.shape[2:])
+    y = resize_label(labels, features.shape[2:])     # pixel (4i,4j) for a quarter
     if detach: weight = weight.detach()
     if project is not None: features,weight = project(features),project(weight[:, :, None, None]).flatten(1)
     total = prototype_cross_entropy(features, weight, y, scale=1/tau, reduction='sum')

@@ -7,10 +7,10 @@ __all__ = ['FAR', 'LOG_ZERO', 'shared_mean', 'cross_entropy', 'distances', 'prot
            'reverse_cross_entropy', 'symmetric_cross_entropy', 'regulariser', 'kd_loss', 'view_tensor', 'view_rows',
            'into_view', 'shrunk', 'predicted_means', 'running_means', 'move_prototypes', 'inputs', 'segmenter',
            'image_means', 'init_prototypes', 'WarmUp', 'Denoise', 'Distill', 'check_window', 'equip', 'held',
-           'source_step', 'adversarial_loss', 'class_map', 'discriminator_step', 'warm_up_step', 'on_logits',
-           'warm_up_samples', 'warm_up', 'denoise_samples', 'collate', 'teacher_view', 'target_step', 'denoise_step',
-           'denoise', 'strong_samples', 'distill_samples', 'distill_step', 'distill', 'distill_round', 'ProDA',
-           'soft_labels', 'train']
+           'source_step', 'adversarial_loss', 'class_map', 'discriminator_step', 'warm_up_step', 'warm_up_samples',
+           'warm_up', 'denoise_samples', 'collate', 'teacher_view', 'target_step', 'denoise_step', 'denoise',
+           'strong_samples', 'distill_samples', 'distill_step', 'distill', 'distill_round', 'ProDA', 'soft_labels',
+           'train']
 
 # %% ../nbs/05_methods/05_proda.ipynb #b05fac83
 from contextlib import nullcontext
@@ -27,7 +27,7 @@ from .deeplab import released_repeats, resize
 from .dip_net import set_train
 from .distance import bilinear_weights
 
-# %% ../nbs/05_methods/05_proda.ipynb #23b6b7ed
+# %% ../nbs/05_methods/05_proda.ipynb #8905bb25
 from .labels import IGNORE
 from .ops import logits_cross_entropy, masked_average_pool, prototype_logits
 from .pooling import one_hot_masks
@@ -39,7 +39,7 @@ from .self_training import (RepeatedSGD, WeakView, head_groups, poly_from_zero, 
                                    weak_samples, weak_view, without_gradient)
 from .source_only import feed_for
 from .training import Train, accelerator_for, bare, fit
-from .transforms import normalize
+from .transforms import normalize, resize_label
 
 # %% ../nbs/05_methods/05_proda.ipynb #8e54f51a
 def shared_mean(
@@ -440,7 +440,7 @@ def discriminator_step(
     opt.step()
     return loss.detach()
 
-# %% ../nbs/05_methods/05_proda.ipynb #cc53f0bd
+# %% ../nbs/05_methods/05_proda.ipynb #eec4f7bb
 def warm_up_step(
     net,           # Segmentation network
     D,             # Discriminator
@@ -456,7 +456,7 @@ def warm_up_step(
     opt.zero_grad(set_to_none=True)
     with held(net, acc):
         z_s = net(inputs(x_s, cfg.mean_std))
-        source = cross_entropy(z_s, on_logits(y_s, z_s) if cfg.strong_source else y_s, acc)
+        source = cross_entropy(z_s, resize_label(y_s, z_s.shape[2:]) if cfg.strong_source else y_s, acc)
         backward(source)
     with without_gradient(D):
         z_t = net(inputs(x_t, cfg.mean_std))
@@ -467,14 +467,7 @@ def warm_up_step(
     for s in scheds: s.step()
     return dict(source=source.detach(), fool=fool.detach(), tell=tell)
 
-# %% ../nbs/05_methods/05_proda.ipynb #a962063f
-def on_logits(
-    labels,  # (B,H,W)
-    logits,  # (B,K,h,w)
-)->Tensor:   # (B,h,w)
-    "Nearest labels at the size of the logits."
-    return F.interpolate(labels[:, None].float(), logits.shape[2:], mode='nearest')[:, 0].long()
-
+# %% ../nbs/05_methods/05_proda.ipynb #5f99a988
 def warm_up_samples(
     source,      # Labelled source
     target,      # Target images; labels are not used

@@ -8,7 +8,7 @@ __all__ = ['STEPS', 'DTYPES', 'class_probabilities', 'labels_and_confidence', 'c
            'label_paths', 'read_histogram', 'write_labels', 'HardLabels', 'hard_label', 'coverage', 'soft_path',
            'write_soft', 'SoftLabels', 'soft_map', 'soft_label']
 
-# %% ../nbs/04_learning/06_pseudo_labels.ipynb #c544bac4
+# %% ../nbs/04_learning/06_pseudo_labels.ipynb #517513bb
 import copy, json, shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,11 @@ from PIL import Image
 from tqdm import tqdm
 from .core import InputError, atomic_path
 from .datasets import read_label
+from .evaluation import enlarged_rows
 from .labels import IGNORE, ClassSpace
+from .transforms import resize_image
 
-# %% ../nbs/04_learning/06_pseudo_labels.ipynb #01d1767d
+# %% ../nbs/04_learning/06_pseudo_labels.ipynb #0c76e410
 def _view_size(scale, size):
     "(h,w) of a view from a factor or from (h,w)."
     if isinstance(scale, (tuple, list)):
@@ -29,21 +31,7 @@ def _view_size(scale, size):
     if not 0 < scale <= 8: raise ValueError(f'scale is {scale}; expected a factor in 0..8, or a size written as ((height, width),)')
     return tuple(max(1, round(n*scale)) for n in size)
 
-def _view(image, size):
-    "The image at another size, as Pillow's bicubic filter makes it."
-    if tuple(image.shape[1:]) == size: return image
-    im = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize(size[::-1], Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(im)).permute(2, 0, 1).contiguous().to(image.device)
-
-def _rows(maps, size, top, bottom):
-    "Rows top..bottom of the (K,h,w) maps enlarged to (H,W), bilinear with align_corners=True."
-    (_, h, _), (H, W) = maps.shape, size
-    y = torch.arange(top, bottom, device=maps.device) * ((h-1)/max(H-1, 1))
-    y0 = y.long().clamp(max=h-1)
-    tile = torch.lerp(maps[:, y0], maps[:, (y0+1).clamp(max=h-1)], (y-y0)[:, None])                 # (K,rows,w)
-    return F.interpolate(tile[None], (bottom-top, W), mode='bilinear', align_corners=True)[0]       # (K,rows,W)
-
-# %% ../nbs/04_learning/06_pseudo_labels.ipynb #1df80f41
+# %% ../nbs/04_learning/06_pseudo_labels.ipynb #f8d05f9a
 @torch.no_grad()
 def _small_maps(segment, image, scales, flip, soft_before):
     "What the segmenter says about the views, on its own grid, turned the right way round; views on one grid are added."
@@ -52,7 +40,7 @@ def _small_maps(segment, image, scales, flip, soft_before):
     if not len(scales): raise ValueError('scales is empty; expected at least one')
     maps, n = [], len(scales)*(2 if flip else 1)
     for scale in scales:
-        view = _view(image, _view_size(scale, image.shape[1:]))[None]
+        view = resize_image(image, _view_size(scale, image.shape[1:]), Image.Resampling.BICUBIC)[None]
         for back in (False, True) if flip else (False,):
             z = segment(view.flip(-1) if back else view)[0].float()
             z = (z.flip(-1) if back else z).clamp(min=-1e30)    # a finite floor: 0 * -inf would be nan
@@ -61,7 +49,7 @@ def _small_maps(segment, image, scales, flip, soft_before):
             else: maps.append(z)
     return maps
 
-# %% ../nbs/04_learning/06_pseudo_labels.ipynb #a4da6722
+# %% ../nbs/04_learning/06_pseudo_labels.ipynb #ad316bbe
 @torch.no_grad()
 def class_probabilities(
     segment,           # uint8 (B,3,H,W) -> logits (B,K,h,w), in eval mode
@@ -77,7 +65,7 @@ def class_probabilities(
     for top in range(0, H, rows):
         total = None
         for small in maps:
-            wide = _rows(small, (H, W), top, min(top+rows, H))
+            wide = enlarged_rows(small, (H, W), top, min(top+rows, H))
             if not soft_before: wide = wide.softmax(0)/len(maps)
             total = wide if total is None else total.add_(wide)
         yield top, total

@@ -4,23 +4,20 @@
 
 # %% auto #0
 __all__ = ['RepeatedSGD', 'head_groups', 'poly_from_zero', 'update_average', 'without_gradient', 'reduced', 'wait_long',
-           'WeakView', 'Geometry', 'draw_geometry', 'resize_image', 'cut', 'weak_view', 'weak_samples',
-           'refresh_statistics']
+           'WeakView', 'Geometry', 'draw_geometry', 'cut', 'weak_view', 'weak_samples', 'refresh_statistics']
 
-# %% ../nbs/04_learning/07_self_training.ipynb #9a021558
+# %% ../nbs/04_learning/07_self_training.ipynb #5a6a59b5
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from .core import InputError, rng_for
 from .dip_net import BATCH_NORMS, under
 from .sampling import shuffled_index
 from .training import bare
-from .transforms import normalize, resize_label
+from .transforms import normalize, resize_image, resize_label
 
 # %% ../nbs/04_learning/07_self_training.ipynb #b8f15ae0
 class RepeatedSGD(torch.optim.Optimizer):
@@ -176,17 +173,7 @@ def draw_geometry(
     left,top = int(rng.integers(0, width-cfg.crop_width+1)),int(rng.integers(0, height-cfg.crop_height+1))
     return Geometry(height, width, top, left, cfg.crop_height, cfg.crop_width, bool(rng.random() < cfg.flip_p))
 
-# %% ../nbs/04_learning/07_self_training.ipynb #f4467d32
-def resize_image(
-    image,         # (3,H,W) uint8
-    size,          # (h,w) wanted
-    filter=Image.Resampling.BILINEAR,  # Pillow's filter; antialiased when it shrinks
-    box=None,      # Part of the image: left, upper, right, lower; all of it when left out
-):                 # (3,h,w) uint8
-    "Resize with Pillow."
-    done = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(tuple(size)[::-1], filter, box=box)
-    return torch.from_numpy(np.array(done)).permute(2, 0, 1)
-
+# %% ../nbs/04_learning/07_self_training.ipynb #d60057fd
 def cut(
     image,         # (3,H,W) uint8
     label,         # (H,W) ids, or None

@@ -1,39 +1,14 @@
 """The kernels of logits, nearest prototype and cross-entropy against the plain reference in float64."""
 import pytest
 import torch
-from torch.nn.functional import pad
 
 from protonb import distance as plain
 from protonb.distance import METRICS
 from protonb.kernels import common
 from protonb.kernels import distance as kernels
+from kernel_inputs import BF, DEVICE, FULL, HALF, ids, laid_out, rand
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("poison")
-BF, HALF, FULL = torch.bfloat16, torch.float16, torch.float32
-
-
-def rand(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def ids(*shape, K, seed=0, ignored=.2):
-    """Labels of which some are ignored and some are no class; the last class is absent where there are others."""
-    g = torch.Generator().manual_seed(seed)
-    y = torch.randint(0, max(K-1, 1), shape, generator=g)
-    y[torch.rand(shape, generator=g) < .05] = K+3
-    return torch.where(torch.rand(shape, generator=g) < ignored, 255, y)
-
-
-def laid_out(x, layout):
-    """The same numbers elsewhere in memory."""
-    B, C, h, w = x.shape
-    if layout == "last": return x.contiguous(memory_format=torch.channels_last)
-    if layout == "crop": return pad(x, (2, 3, 1, 0))[..., 1:, 2:w+2]
-    if layout == "crop-last": return laid_out(pad(x, (2, 3, 1, 0)), "last")[..., 1:, 2:w+2]
-    if layout == "turned": return x.transpose(2, 3).contiguous().transpose(2, 3)
-    if layout == "expanded": return x[:1].expand(B, -1, -1, -1)
-    return x
 
 
 def make(B, C, h, w, K, dtype=FULL, layout="plain", own=False, half_q=False, metric="cosine", valid=None, y=torch.int64, **_):
@@ -45,7 +20,7 @@ def make(B, C, h, w, K, dtype=FULL, layout="plain", own=False, half_q=False, met
     x, q = laid_out(x.to(dtype).to(DEVICE), layout), q.to(dtype if half_q else FULL).to(DEVICE)
     v = None if valid is None else (rand(*((B,) if valid == "each" else ()), K, seed=2) > -.5).to(DEVICE)
     if v is not None: v[..., 0] = True
-    return x, q, ids(B, h, w, K=K).to(y).to(DEVICE), v
+    return x, q, ids(B, h, w, K=K, strays=.05).to(y).to(DEVICE), v
 
 
 def close(name, mine, theirs, truth):

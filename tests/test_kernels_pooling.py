@@ -1,38 +1,14 @@
 """The pooling kernels against the plain reference in float64: every shape, layout and type a user can bring."""
 import pytest
 import torch
-from torch.nn.functional import pad
 
 from protonb.kernels import common
 from protonb.kernels.pooling import PARTIAL_BYTES, pool_bwd, pool_fwd
 from protonb.pooling import masked_average_pool_ref
+from kernel_inputs import BF, DEVICE, FULL, HALF, ids, laid_out, rand
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("poison")
-BF, HALF, FULL = torch.bfloat16, torch.float16, torch.float32
 NAMES = "prototypes", "mass", "dx", "dmasks", "dweights"
-
-
-def rand(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def ids(*shape, K, seed=0, ignored=.2):
-    """Labels of which some are ignored; the last class is absent where there are others."""
-    g = torch.Generator().manual_seed(seed)
-    y = torch.randint(0, max(K-1, 1), shape, generator=g)
-    return torch.where(torch.rand(shape, generator=g) < ignored, 255, y)
-
-
-def laid_out(x, layout):
-    """The same numbers elsewhere in memory."""
-    B, C, h, w = x.shape
-    if layout == "last": return x.contiguous(memory_format=torch.channels_last)
-    if layout == "crop": return pad(x, (2, 3, 1, 0))[..., 1:, 2:w+2]
-    if layout == "crop-last": return laid_out(pad(x, (2, 3, 1, 0)), "last")[..., 1:, 2:w+2]
-    if layout == "turned": return x.transpose(2, 3).contiguous().transpose(2, 3)
-    if layout == "expanded": return x[:1].expand(B, -1, -1, -1)
-    return x
 
 
 def make(B, C, h, w, K, dtype=FULL, layout="plain", soft=None, weights=None, y=torch.int64, strided=False):

@@ -12,12 +12,13 @@ from protonb import pbal, proda
 from protonb.deeplab import pbal_small
 from protonb.discriminators import pbal_discriminator
 from protonb.labels import IGNORE
-from protonb.pbal import (BPL, PST, WarmUp, alignment, bpl_step, cross_entropy, nearest_labels, probabilities, prototype_contrast_term,
+from protonb.pbal import (BPL, PST, WarmUp, alignment, bpl_step, cross_entropy, probabilities, prototype_contrast_term,
                           pst_step)
 from protonb.proda import Distill
 from protonb.self_training import WeakView
 from protonb.streets import REAL, SYNTHETIC, Streets
 from protonb.training import Train, checkpoints, poly_lr, read_metrics, read_states
+from protonb.transforms import resize_label
 
 K, C = 5, 7
 VIEW = WeakView(base_width=96, low=.7, high=1.3, crop_height=32, crop_width=48)
@@ -132,7 +133,7 @@ def test_t2s_softmax_runs_over_the_batch():
 
 def test_contrast_divides_by_all_or_by_the_valid():
     f, W, _, y = toy(6)
-    kept = (nearest_labels(y, (5, 6)) != IGNORE).double().mean().item()
+    kept = (resize_label(y, (5, 6)) != IGNORE).double().mean().item()
     assert .5 < kept < 1
     every, valid = prototype_contrast_term(f, W, y), prototype_contrast_term(f, W, y, reduction='valid')
     assert every.item() == pytest.approx(kept*valid.item())
@@ -162,12 +163,12 @@ def test_hard_batches_stay_finite(case):
         assert losses[2:] == [0, 0, 0]
         assert all(g.abs().max() == 0 for g in gradients(sum(losses[2:]), f, W, b))
 
-def test_nearest_labels_take_the_corner_pixel():
+def test_a_small_label_takes_the_corner_pixel():
     y = torch.arange(2*8*12).view(2, 8, 12)
-    assert nearest_labels(y, (2, 3)).equal(y[:, ::4, ::4])
+    assert resize_label(y, (2, 3)).equal(y[:, ::4, ::4])
     odd = torch.arange(97*193).view(1, 97, 193)
     want = F.interpolate(odd[None].double(), (25, 49), mode='nearest')[0].long()
-    assert nearest_labels(odd, (25, 49)).equal(want)
+    assert resize_label(odd, (25, 49)).equal(want)
 
 def test_released_rates():
     opt = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.)
