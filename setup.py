@@ -29,6 +29,7 @@ setup(
     # The stub protonb/kernels/ only serves a checkout; an installed package gets the real folder.
     packages=find_packages(include=["protonb", "protonb.*"], exclude=["protonb.kernels*"]) + ["protonb.kernels"],
     package_dir={"protonb.kernels": "kernels"},
+    package_data={"protonb": ["lists/*.csv"]},
     install_requires=words("requirements"),
     extras_require={
         "dev": words("dev_requirements") + words("triton_requirements"),

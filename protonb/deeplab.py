@@ -7,7 +7,7 @@ __all__ = ['CAFFE_MEAN', 'RELEASED_STEM', 'CAFFE', 'PBAL_STEM', 'RELEASED_ENTRIE
            'gaussian_', 'affine_', 'iapc_resnet101', 'small_caffe', 'iapc_small', 'iapc_mobilenetv2', 'Atrous',
            'resize', 'ASPP', 'Decoder', 'PBALNet', 'fan_in_', 'below', 'pbal_resnet101', 'pbal_small', 'mobile_keys',
            'pbal_mobilenetv2', 'SqueezeExcite', 'GroupHead', 'ProDANet', 'proda_gaussian_', 'proda_resnet101',
-           'proda_small', 'proda_mobilenetv2', 'from_released', 'to_released', 'released_repeats']
+           'proda_small', 'proda_mobilenetv2', 'init_keys', 'from_released', 'to_released', 'released_repeats']
 
 # %% ../nbs/03_models/05_deeplab.ipynb #5d0b687e
 import torch
@@ -19,18 +19,20 @@ from .mobilenet import MobileNetV2, to_stage_keys
 from .resnet import ResNet, freeze_affine, from_torchvision_keys, kaiming_, rename_keys
 from .weights import compare_states, unwrap
 
-# %% ../nbs/03_models/05_deeplab.ipynb #7f613a34
+# %% ../nbs/03_models/05_deeplab.ipynb #9446c5d4
 class SumHead(nn.Module):
     "DeepLab-v2's classifier: parallel dilated 3x3 convs, straight to the classes, added up."
     def __init__(self,
         channels:int,               # Channels that come in
         num_classes:int,            # K
         rates:tuple=(6,12,18,24),   # Dilation of each conv
+        name:str='conv2d_list',     # What the released files call the list of convs
     ):
         super().__init__()
-        self.conv2d_list = nn.ModuleList(nn.Conv2d(channels, num_classes, 3, 1, r, r) for r in rates)
+        self.name = name
+        self.add_module(name, nn.ModuleList(nn.Conv2d(channels, num_classes, 3, 1, r, r) for r in rates))
 
-    def forward(self, x): return sum(conv(x) for conv in self.conv2d_list)
+    def forward(self, x): return sum(conv(x) for conv in self._modules[self.name])
 
 # %% ../nbs/03_models/05_deeplab.ipynb #fc46f2f6
 #: Blue, green, red means that Caffe models subtract
@@ -411,35 +413,46 @@ def proda_mobilenetv2(
     nn.init.zeros_(net.layer5.bottleneck[1].bias)
     return net
 
-# %% ../nbs/03_models/05_deeplab.ipynb #679a32a0
+# %% ../nbs/03_models/05_deeplab.ipynb #b57a49a3
+def init_keys(
+    state:dict,  # DeepLab's init file, names with `Scale.` in front, or torchvision's file of the backbone
+)->dict:         # The backbone under our names
+    "Names of the file that AdaptSegNet and its descendants start from; its `layer5` is no head for our classes and dropped."
+    return from_torchvision_keys(rename_keys(state, {'Scale': '', 'Scale.layer5': None}))
+
+# %% ../nbs/03_models/05_deeplab.ipynb #e80ce042
 #: Where the released checkpoints keep the network
-RELEASED_ENTRIES = ('state_dict', 'DeepLab.model_state', 'ResNet101.model_state')
+RELEASED_ENTRIES = ('state_dict', 'DeepLab.model_state', 'ResNet101.model_state', 'model_state')
 
 def from_released(
     state:dict,           # A released checkpoint, or the state dict inside
-    net,                  # `IAPCNet`, `PBALNet` or `ProDANet` that it is meant for
+    net,                  # Network of this notebook or of `deeplabv2` that it is meant for
     where='checkpoint',   # Name for error messages, usually the path
+    entry:str=None,       # Where in the file the network is, e.g. 'state_dict_ema'; None: at one of `RELEASED_ENTRIES`
 )->dict:                  # State dict for `net`, complete
     "Names of a released file to ours; refuses a file that lacks something or has something more."
-    entry = next((e for e in RELEASED_ENTRIES if isinstance(state, dict) and e.split('.')[0] in state), None)
-    state,own = rename_keys(unwrap(state, entry, where), net.released),net.state_dict()
-    missing,extra,shapes = compare_states(own, state)
+    entry = entry or next((e for e in RELEASED_ENTRIES if isinstance(state, dict) and e.split('.')[0] in state), None)
+    state,own,keep = unwrap(state, entry, where),net.state_dict(),()
+    if all(k.startswith('Scale.') for k in state): state,keep = init_keys(state),net.head_prefixes   # no head in there
+    else: state = rename_keys(state, net.released)
+    missing,extra,shapes = compare_states(own, state, keep)
     for what,names in (('lacks', missing), ('has besides', extra), ('holds', shapes)):
         if names: raise InputError(f'{where}: not a file for this network: it {what} {len(names)} entries: {", ".join(names[:6])}')
-    return {k: state.get(k, torch.tensor(0)) for k in own}   # absent are only the counters of the batch norms
+    # what may be absent: the counters of the batch norms, and from an init file the heads
+    return {k: state[k] if k in state else v if under(k, keep) else torch.tensor(0) for k,v in own.items()}
 
 def to_released(
-    net,     # `IAPCNet`, `PBALNet` or `ProDANet`
+    net,     # Network of this notebook or of `deeplabv2`
 )->dict:     # Its state dict under the names of the released files
     "Our names to those of the released files."
     return rename_keys(net.state_dict(), {new: old for old,new in net.released.items() if new})
 
-# %% ../nbs/03_models/05_deeplab.ipynb #f580878c
+# %% ../nbs/03_models/05_deeplab.ipynb #bdbd521b
 def released_repeats(
-    net,     # `IAPCNet`, `PBALNet` or `ProDANet`
+    net,     # Network of this notebook or of `deeplabv2`
 )->dict:     # Name of each parameter with a gradient -> how often the released optimiser listed it
-    "IAPC's and ProDA's optimisers walk the backbone's modules and list what lies in each: a tensor counts once per level."
-    def listed(name):
-        if isinstance(net, PBALNet) or under(name, net.head_prefixes + ('layer0',)): return 1
+    "IAPC's, ProDA's and PixDA's optimisers walk the backbone's modules and list what lies in each: a tensor counts once per level."
+    def listed(name):   # a `backbone` with a name of its own (PBAL, WDASS) was listed plainly
+        if under(name, net.head_prefixes + ('layer0', 'backbone')): return 1
         return 4 if '.downsample.' in name else 3
     return {name: listed(name) for name,p in net.named_parameters() if p.requires_grad}

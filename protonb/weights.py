@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from .core import InputError, atomic_path
 
-# %% ../nbs/03_models/04_weights.ipynb #7de48136
+# %% ../nbs/03_models/04_weights.ipynb #b5fe490b
 #: What a pickled NumPy number needs, and nothing else
 NUMPY_SCALARS = [np._core.multiarray.scalar, np.dtype] + [type(np.dtype(t)) for t in ('float64', 'float32', 'int64')]
 
@@ -56,14 +56,15 @@ def describe(
     if isinstance(x, dict): return f"the entries {', '.join(map(str, list(x)[:6]))}" if x else 'nothing'
     return f'a tensor of shape {tuple(x.shape)}' if isinstance(x, torch.Tensor) else f'a {type(x).__name__}'
 
-# %% ../nbs/03_models/04_weights.ipynb #1ed1fcbe
+# %% ../nbs/03_models/04_weights.ipynb #0bd85081
 def unwrap(
     loaded,          # What a file held
-    entry:str=None,  # Dotted path to the state dict inside, e.g. 'DeepLab.model_state'; None: itself or its 'state_dict'
+    entry:str=None,  # Dotted path to the state dict inside, e.g. 'DeepLab.model_state'; None: itself, its 'state_dict' or 'model_state'
     where='file',    # Name for error messages
 )->dict:             # Names -> tensors
     "Find the state dict in a checkpoint and take `module.` and `_orig_mod.` off its names."
-    steps = entry.split('.') if entry else ['state_dict'] if isinstance(loaded, dict) and 'state_dict' in loaded else []
+    usual = [k for k in ('state_dict', 'model_state') if isinstance(loaded, dict) and k in loaded][:1]
+    steps = entry.split('.') if entry else usual
     for step in steps:
         if not isinstance(loaded, dict) or step not in loaded:
             raise InputError(f'{where}: has no entry {entry!r}; it holds {describe(loaded)}')
