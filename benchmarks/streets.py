@@ -1,6 +1,6 @@
 """Every method on procedural streets: one network, one budget, several seeds; mIoU on unseen target scenes.
 
-    python benchmarks/streets.py [--seeds 0 1 2] [--out runs/streets] [--only start source_only oracle iapc pbal]
+    python benchmarks/streets.py [--seeds 0 1 2] [--out runs/streets] [--only start source_only oracle iapc pbal wdass pixda]
 
 Each seed trains a start on source scenes. From there everything gets the same number of steps a stage: more source scenes, labelled target scenes (the oracle), and each stage of each
 method. Finished stages are kept, stopped ones go on. Rows of streets.csv are written as stages end, with the command that made them; the table over seeds is printed.
@@ -15,10 +15,12 @@ from pathlib import Path
 
 import torch
 
-from protonb import iapc, pbal, source_only
+from protonb import iapc, pbal, pixda, source_only, wdass
 from protonb.core import atomic_path
+from protonb.datasets import take
 from protonb.deeplab import pbal_small
 from protonb.evaluation import evaluate
+from protonb.few_shot import draw_shots
 from protonb.labels import CITYSCAPES
 from protonb.proda import Distill, distill_round
 from protonb.runs import space_to_dict
@@ -26,11 +28,13 @@ from protonb.self_training import WeakView, refresh_statistics
 from protonb.streets import REAL, SYNTHETIC, Streets
 from protonb.training import Train, seed_everything
 from protonb.transforms import Augment
+from protonb.weak_labels import WeakLabels
 
 RESULTS = Path(__file__).resolve().parent/'streets.csv'
 KEY = ['stage', 'seed', 'network']
 COLUMNS = [*KEY, 'steps', 'batch', 'miou', 'torch', 'date', 'command']
-STAGES = ['start', 'adabn', 'source_only', 'oracle', 'iapc', 'pbal']
+STAGES = ['start', 'adabn', 'source_only', 'oracle', 'iapc', 'pbal', 'wdass', 'fine_tuning', 'pixda']
+KINDS, SHOTS, CITIES = ('image', 'point', 'coarse'), (1, 5), 18
 H, W = 97, 193
 BATCH, START, STEPS = 4, 1200, 400
 ABOUT = dict(net='pbal_small', space=space_to_dict(CITYSCAPES))
@@ -45,6 +49,13 @@ PBAL = dict(lr=.01, head_factor=1., max_iter=STEPS+STEPS//10, view=WEAK)
 ADVERSARY = dict(disc_width=16)
 # A teacher of 30 mIoU is rarely 95 % sure, and a mean over pixels times classes is a nineteenth of a mean over pixels.
 DISTILL = Distill(lr=.01, head_factor=1., length=STEPS+STEPS//10, threshold=.6, kd=19., mean_std=True, weak=WEAK)
+
+# Weak labels: windows that fit a small scene, a teacher that forgets within the run, and confidences that it reaches.
+WINDOW = wdass.WDASSView(0, 0, 0, 0, low=.8, high=1.3, crop_height=80, crop_width=160, jitter=.1)
+WDASS = wdass.WDASS(warm=50, alpha=.99, edge=1., lr=.03, head_factor=1., rampup=20, length=STEPS+STEPS//10, view=WINDOW,
+                    contrast=wdass.Contrasts(sure=.8, easy=.8), mix=wdass.Mix(threshold=.8, mask_rows=(0, 0)))
+# The distillation is a part of the same budget. The discriminator of images soon knows small scenes: the selection is gentler.
+PIXDA = pixda.PixDA(lr=.02, threshold=.3, threshold_step=.05, head_factor=1., repeats='one', length=2*STEPS, disc_width=16, bn_group=None, kd_steps=STEPS//4, view=pixda.PixDAView(H, W))
 
 
 class Bench:
@@ -78,6 +89,8 @@ class Bench:
         elif name == 'adabn': yield name, refresh_statistics(net, self.data['target'])
         elif name == 'iapc': yield name, self.iapc(net)
         elif name == 'pbal': yield from self.pbal(net)
+        elif name == 'wdass': yield from self.wdass(net)
+        elif name in ('fine_tuning', 'pixda'): yield from self.few(name, net)
 
     def iapc(self, net):
         run_dir = self.home/'iapc'
@@ -101,6 +114,23 @@ class Bench:
             distill_round(s, t, student, teacher, cfg, self.run(), stage=f'distill_{i}', **how)
             yield f'pbal distillation {i}', student
             teacher = student
+
+    def wdass(self, first):
+        for kind in KINDS:
+            net = copy.deepcopy(first)
+            target = WeakLabels(self.data['target'], kind, seed=self.seed, least=20)
+            wdass.train(self.data['source'], target, net, replace(WDASS, labels=kind), self.run(), run_dir=self.home/f'wdass_{kind}', config=ABOUT)
+            yield f'wdass {kind}', net
+
+    def few(self, name, first):
+        "The labelled target images are drawn as if the scenes came from so many cities."
+        names = list(self.data['target'].names)
+        for k in SHOTS:
+            net, title = copy.deepcopy(first), f'{name} {k}-shot'
+            images = take(self.data['target'], draw_shots(names, k, self.seed, group=lambda n: names.index(n) % CITIES))
+            if name == 'fine_tuning': self.labelled(f'fine_tuning_{k}', images, net)
+            else: pixda.train(self.data['source'], images, net, PIXDA, self.run(STEPS-PIXDA.kd_steps), run_dir=self.home/f'pixda_{k}', config=ABOUT)
+            yield title, net
 
 
 def read_rows():

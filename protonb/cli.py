@@ -5,25 +5,30 @@
 # %% auto #0
 __all__ = ['Net', 'DEMO', 'COMMANDS', 'Method', 'Command', 'EXAMPLES', 'Stopped', 'go_on', 'TrainSourceOnly', 'space_named',
            'probe', 'train_source_only', 'TrainDIP', 'choose_support', 'prepare_dip', 'train_dip', 'TrainIAPC',
-           'train_iapc', 'TrainPBAL', 'train_pbal', 'TrainProDA', 'train_proda', 'MakePrototypes', 'make_prototypes',
-           'Eval', 'eval_run', 'Predict', 'find_images', 'predict', 'sampled_features', 'make_report', 'Report',
-           'report', 'Demo', 'demo_data', 'demo', 'write_seeds', 'Info', 'info', 'parse', 'main']
+           'train_iapc', 'opened', 'TrainPBAL', 'train_pbal', 'TrainProDA', 'train_proda', 'TrainWDASS', 'weakly',
+           'train_wdass', 'TrainPixDA', 'chosen_few', 'train_pixda', 'MakePrototypes', 'make_prototypes', 'Eval',
+           'eval_run', 'Predict', 'find_images', 'predict', 'sampled_features', 'make_report', 'Report', 'report',
+           'Demo', 'demo_data', 'demo', 'write_seeds', 'Info', 'info', 'parse', 'main']
 
-# %% ../nbs/07_shell/02_cli.ipynb #7bb1835f
-import contextlib, io, re, sys
+# %% ../nbs/07_shell/02_cli.ipynb #c546df2b
+import contextlib, io, os, re, sys
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, Union
 import torch
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
-from . import dip, iapc, pbal, proda, source_only
+
+# %% ../nbs/07_shell/02_cli.ipynb #2f057aeb
+from . import dip, iapc, pbal, pixda, proda, source_only, wdass
 from .core import InputError, atomic_path
 from .datasets import open_dataset, take
 from .dip import DIP, LISTS, clean, mark_raw, named_support, released
 from .discriminators import proda_discriminator
 from .evaluation import Scores, compare_table, evaluate, label_map
 from .evaluation import predict as predict_files
+from .few_shot import draw_shots, few_shot, pixda_list
 from .labels import SPACES
 from .pooling import labels_on_grid
 from .prototypes import Support, class_prototypes, greedy_support, require_all_classes, save_prototypes
@@ -33,6 +38,7 @@ from .source_only import SourceOnly
 from .streets import REAL, SYNTHETIC, Streets
 from .training import Train, accelerator_for, read_metrics, versions
 from .transforms import Augment, normalize
+from .weak_labels import WeakLabels, cityscapes_weak
 
 # %% ../nbs/07_shell/02_cli.ipynb #dec1e348
 class Stopped(Exception):
@@ -206,7 +212,20 @@ def train_iapc(o:TrainIAPC):
     labels = iapc.pseudo_labels(target, first.net.to(acc.device), o.hyper, run_dir=o.out, acc=acc)
     return finish(o, iapc.train(labels, first.net, o.hyper, o.train, run_dir=o.out, config=about), val)
 
-# %% ../nbs/07_shell/02_cli.ipynb #9cf16ee4
+# %% ../nbs/07_shell/02_cli.ipynb #5ec95a02
+def opened(
+    o,                  # Options with source, target, classes, val, net, weights
+    target=None,        # space -> target images and what is known of them; images alone when left out
+)->tuple:               # source, target, val or None, what config.json is to say
+    "The data of a run on two domains, looked into before anything is written."
+    source = probe(open_dataset(o.source, 'train', space_named(o.classes)))
+    space = source.space
+    known = target(space) if target else open_dataset(o.target, 'train', space, labelled=False)
+    val = probe(open_dataset(o.val, 'val', space)) if o.val else None
+    about = dict(net=o.net, space=space_to_dict(space), source=o.source, target=o.target, weights=str(o.weights or ''))
+    return source, probe(known), val, about
+
+# %% ../nbs/07_shell/02_cli.ipynb #c1152999
 @dataclass
 class TrainPBAL:
     "Adapt with PBAL: warm-up, bidirectional alignment, self-training, two rounds of distillation."
@@ -223,14 +242,11 @@ class TrainPBAL:
 
 def train_pbal(o:TrainPBAL):
     "protonb train pbal"
-    source = probe(open_dataset(o.source, 'train', space_named(o.classes)))
-    target = probe(open_dataset(o.target, 'train', source.space, labelled=False))
-    val = probe(open_dataset(o.val, 'val', source.space)) if o.val else None
+    source,target,val,about = opened(o)
     fresh = lambda: build_net(o.net, source.space.num_classes, o.weights, o.train.seed)
-    about = dict(net=o.net, space=space_to_dict(source.space), source=o.source, target=o.target, weights=str(o.weights or ''))
     return finish(o, pbal.train(source, target, fresh, o.hyper, o.train, run_dir=o.out, config=about, until=o.until), val)
 
-# %% ../nbs/07_shell/02_cli.ipynb #bec95932
+# %% ../nbs/07_shell/02_cli.ipynb #6670de97
 @dataclass
 class TrainProDA:
     "Adapt with ProDA: warm-up, prototypes and soft labels, denoising, two rounds of distillation."
@@ -247,13 +263,75 @@ class TrainProDA:
 
 def train_proda(o:TrainProDA):
     "protonb train proda"
-    source = probe(open_dataset(o.source, 'train', space_named(o.classes)))
-    target = probe(open_dataset(o.target, 'train', source.space, labelled=False))
-    val = probe(open_dataset(o.val, 'val', source.space)) if o.val else None
+    source,target,val,about = opened(o)
     first,last = (build_net(o.net, source.space.num_classes, w, o.train.seed) for w in (o.weights, o.student or o.weights))
-    about = dict(net=o.net, space=space_to_dict(source.space), source=o.source, target=o.target, weights=str(o.weights or ''))
     D = proda_discriminator(source.space.num_classes)
     return finish(o, proda.train(source, target, first, D, last, o.hyper, o.train, run_dir=o.out, config=about), val)
+
+# %% ../nbs/07_shell/02_cli.ipynb #a673d233
+@dataclass
+class TrainWDASS:
+    "Adapt with WDASS and weak labels of the target: tags, points or coarse masks."
+    source:str                  # Labelled source images, kind:path, e.g. gta5:/data/GTA5
+    target:str                  # Target training images, kind:path
+    out:Path                    # Run folder; the same command goes on where it was stopped
+    weak:Literal['files', 'fine'] = 'files'  # The target's label files are weak already, or fine ones to make weak labels from
+    points:Path|None = None     # Cityscapes: YAML file of points; PNGs in gtPoint2 when left out
+    net:Literal[tuple(ADAPTABLE)] = 'wdass_resnet101' # Network
+    weights:Path|None = None    # Start: the folder of a source-only run, a file of weights, or an ImageNet backbone
+    classes:str = ''            # Class space: cityscapes, cityscapes16, cityscapes13, camvid; the source's own when left out
+    val:str = ''                # Score on this data set (split val) at the end
+    hyper:OmitArgPrefixes[wdass.WDASS] = field(default_factory=wdass.WDASS)
+    train:OmitArgPrefixes[Train] = field(default_factory=lambda: Train(steps=150_000, batch_size=4))
+
+# %% ../nbs/07_shell/02_cli.ipynb #5a965c3a
+def weakly(o:TrainWDASS, space):
+    "The target with its weak labels."
+    (kind,_,path),labels = o.target.partition(':'),o.hyper.labels
+    if o.points and (kind != 'cityscapes' or o.weak == 'fine'):
+        raise InputError(f'--points {o.points}: expected a target cityscapes:DIR and --weak files')
+    if o.weak == 'files' and kind == 'cityscapes': return cityscapes_weak(os.path.expanduser(path), labels, space=space, points=o.points)
+    data = open_dataset(o.target, 'train', space)
+    return data if o.weak == 'files' else WeakLabels(data, labels, o.train.seed)
+
+def train_wdass(o:TrainWDASS):
+    "protonb train wdass"
+    source,target,val,about = opened(o, partial(weakly, o))
+    net = build_net(o.net, source.space.num_classes, o.weights, o.train.seed)
+    return finish(o, wdass.train(source, target, net, o.hyper, o.train, run_dir=o.out, config=about | dict(weak=o.weak)), val)
+
+# %% ../nbs/07_shell/02_cli.ipynb #a9d584d9
+@dataclass
+class TrainPixDA:
+    "Adapt with PixDA and a few labelled target images."
+    source:str                  # Labelled source images, kind:path, e.g. gta5:/data/GTA5
+    target:str                  # Labelled target training images, kind:path; only the chosen ones are used
+    out:Path                    # Run folder; the same command goes on where it was stopped
+    shots:int = 1               # Labelled target images per city
+    few:str = 'published'       # 'published': PixDA's lists for Cityscapes; 'drawn': so many per city; or a file, one image name a line
+    net:Literal[tuple(ADAPTABLE)] = 'pixda_resnet101' # Network
+    weights:Path|None = None    # Start: the folder of a source-only run, or a file of weights
+    classes:str = ''            # Class space: cityscapes, cityscapes16, cityscapes13, camvid; the source's own when left out
+    val:str = ''                # Score on this data set (split val) at the end
+    hyper:OmitArgPrefixes[pixda.PixDA] = field(default_factory=pixda.PixDA)
+    train:OmitArgPrefixes[Train] = field(default_factory=lambda: Train(steps=30_000, batch_size=4))
+
+# %% ../nbs/07_shell/02_cli.ipynb #39f4f764
+def chosen_few(o:TrainPixDA, space):
+    "The labelled target images of a run."
+    data = open_dataset(o.target, 'train', space)
+    if o.few == 'drawn': return take(data, draw_shots(data.names, o.shots, o.train.seed))
+    if o.few == 'published': return few_shot(data, pixda_list(o.shots))
+    if not Path(o.few).is_file(): raise InputError(f"--few {o.few!r} is neither a file nor 'published' or 'drawn'")
+    return few_shot(data, [line.strip() for line in Path(o.few).read_text().splitlines() if line.strip()])
+
+def train_pixda(o:TrainPixDA):
+    "protonb train pixda"
+    source,target,val,about = opened(o, partial(chosen_few, o))
+    net = build_net(o.net, source.space.num_classes, o.weights, o.train.seed)
+    print(f'{len(target)} labelled target images')
+    about |= dict(images=list(target.names))
+    return finish(o, pixda.train(source, target, net, o.hyper, o.train, run_dir=o.out, config=about), val)
 
 # %% ../nbs/07_shell/02_cli.ipynb #f56d546c
 @dataclass
@@ -498,15 +576,19 @@ def info(o:Info):
     for name,s in read_scores(o.run).items(): print(f'{name}: mIoU ' + ', '.join(f'{100*v:.1f} over {t}' for t,v in s.subset_mious.items()))
     return 0
 
-# %% ../nbs/07_shell/02_cli.ipynb #2ff074c6
+# %% ../nbs/07_shell/02_cli.ipynb #37e4f302
 COMMANDS = {Demo: demo, TrainSourceOnly: train_source_only, TrainDIP: train_dip, TrainIAPC: train_iapc, TrainPBAL: train_pbal,
-            TrainProDA: train_proda, MakePrototypes: make_prototypes, Predict: predict, Eval: eval_run, Report: report, Info: info}
+            TrainProDA: train_proda, TrainWDASS: train_wdass, TrainPixDA: train_pixda, MakePrototypes: make_prototypes, Predict: predict,
+            Eval: eval_run, Report: report, Info: info}
 Method = Union[Annotated[TrainSourceOnly, subcommand('source-only')], Annotated[TrainDIP, subcommand('dip')],
                Annotated[TrainIAPC, subcommand('iapc')], Annotated[TrainPBAL, subcommand('pbal')],
-               Annotated[TrainProDA, subcommand('proda')]]
+               Annotated[TrainProDA, subcommand('proda')], Annotated[TrainWDASS, subcommand('wdass')],
+               Annotated[TrainPixDA, subcommand('pixda')]]
+
+# %% ../nbs/07_shell/02_cli.ipynb #91971275
 Command = Union[
     Annotated[Demo, subcommand('demo')],
-    Annotated[Method, subcommand('train', description='Train a method: source-only, dip, iapc, pbal or proda.')],
+    Annotated[Method, subcommand('train', description='Train a method: source-only, dip, iapc, pbal, proda, wdass or pixda.')],
     Annotated[MakePrototypes, subcommand('prototypes')], Annotated[Predict, subcommand('predict')],
     Annotated[Eval, subcommand('eval')], Annotated[Report, subcommand('report')], Annotated[Info, subcommand('info')]]
 
@@ -517,12 +599,15 @@ examples:
   protonb train dip --source gta5:/data/GTA5 --target cityscapes:/data/cityscapes --out runs/city --weights resnet101_v2.pth
   protonb train iapc --start runs/source --target cityscapes:/data/cityscapes --out runs/source-free
   protonb train pbal --source gta5:/data/GTA5 --target cityscapes:/data/cityscapes --out runs/pbal --weights resnet101.pth
+  protonb train wdass --source gta5:/data/GTA5 --target cityscapes:/data/cityscapes --labels coarse --out runs/coarse --weights runs/source
+  protonb train pixda --source gta5:/data/GTA5 --target cityscapes:/data/cityscapes --shots 5 --out runs/few --weights runs/source
   protonb eval runs/city --data cityscapes:/data/cityscapes
   protonb predict runs/city photos/ --out predictions
   protonb report runs/base runs/city --data cityscapes:/data/cityscapes
 
 data sets:
-  gta5:DIR  cityscapes:DIR  camvid:DIR  carla:DIR  folder:FILE.toml  images:DIR (unlabelled)  streets:synthetic  streets:real"""
+  gta5:DIR  synthia:DIR  cityscapes:DIR  camvid:DIR  carla:DIR
+  folder:FILE.toml  images:DIR (unlabelled)  streets:synthetic  streets:real"""
 
 # %% ../nbs/07_shell/02_cli.ipynb #91a45176
 def parse(

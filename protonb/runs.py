@@ -6,11 +6,11 @@
 __all__ = ['DIP_NETWORKS', 'ADAPTABLE', 'NETWORKS', 'build_net', 'space_to_dict', 'space_from_dict', 'Run', 'read_config',
            'open_run', 'classifier', 'use_prototypes', 'start_from', 'save_scores', 'read_scores']
 
-# %% ../nbs/07_shell/01_runs.ipynb #dec5384e
+# %% ../nbs/07_shell/01_runs.ipynb #2bdba535
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from . import deeplab, dip, iapc, proda, source_only
+from . import deeplab, deeplabv2, dip, iapc, proda, source_only, wdass
 from .core import InputError, atomic_path
 from .dip_net import dip_mobilenetv2, dip_resnet101, dip_small, dip_vgg16
 from .evaluation import Scores
@@ -19,11 +19,12 @@ from .prototypes import load_prototypes
 from .training import latest_checkpoint, load_checkpoint, seed_everything
 from .weights import load_backbone, load_into, load_weights
 
-# %% ../nbs/07_shell/01_runs.ipynb #66097520
+# %% ../nbs/07_shell/01_runs.ipynb #f4dc290d
 DIP_NETWORKS = dict(dip_resnet101=dip_resnet101, dip_vgg16=dip_vgg16, dip_mobilenetv2=dip_mobilenetv2, dip_small=dip_small)
 #: These end in a classifier and hand out the features before it when asked
-ADAPTABLE = {f'{family}_{size}': getattr(deeplab, f'{family}_{size}')
-             for family in ('iapc', 'pbal', 'proda') for size in ('resnet101', 'mobilenetv2', 'small')}
+ADAPTABLE = {f'{family}_{size}': getattr(module, f'{family}_{size}')
+             for module,families in ((deeplab, ('iapc', 'pbal', 'proda')), (deeplabv2, ('wdass', 'pixda')))
+             for family in families for size in ('resnet101', 'mobilenetv2', 'small')}
 NETWORKS = DIP_NETWORKS | ADAPTABLE
 
 # %% ../nbs/07_shell/01_runs.ipynb #66d9a26a
@@ -91,7 +92,7 @@ def read_config(
     if net not in NETWORKS: raise InputError(f'{path}: its network is {net!r}; expected one of {", ".join(NETWORKS)}')
     return stage, stages[stage]
 
-# %% ../nbs/07_shell/01_runs.ipynb #fa0d13a7
+# %% ../nbs/07_shell/01_runs.ipynb #3c0372c9
 def open_run(
     run_dir,            # Folder of a run
     device='cpu',       # Where the network is to live
@@ -109,17 +110,20 @@ def open_run(
     net = net.to(device).eval()
     run = Run(run_dir, method, config, step, space, net, None, None)
     if method == 'dip': use_prototypes(run, prototypes or run_dir/'prototypes.safetensors')
-    else: run.segment = classifier(net, config.get('hyper', {}))
+    else: run.segment = classifier(net, config.get('hyper', {}), method)
     return run
 
-# %% ../nbs/07_shell/01_runs.ipynb #6d7d919b
+# %% ../nbs/07_shell/01_runs.ipynb #251aef9d
 def classifier(
     net,         # Network that ends in a classifier
     hyper:dict,  # Hyper-parameters of its stage, as config.json has them
+    stage='',    # Its name
 ):               # images uint8 (B,3,H,W) -> logits (B,K,h,w)
     "The network as its method feeds it at test time."
+    if stage == 'wdass': return wdass.segmenter(net)
     if 'mean_std' in hyper: return proda.segmenter(net, hyper['mean_std'])
-    return iapc.sized_segmenter(net, hyper.get('test_height'))
+    whole = (hyper.get('view') or {}).get('height')     # PixDA's view is the whole image
+    return iapc.sized_segmenter(net, hyper.get('test_height') or whole)
 
 # %% ../nbs/07_shell/01_runs.ipynb #12692caf
 def use_prototypes(

@@ -263,3 +263,46 @@ def test_pbal_goes_on_with_a_later_stage(camvid, tmp_path, capsys):
     assert stages == {"warm_up", "bpl", "pst"} and (run / "pseudo" / "bpl" / "histogram.json").exists()
     assert main(["eval", str(run), "--data", f"camvid:{camvid}"]) == 0
     fails(pbal(camvid, run, "--until", "bql"), capsys, "bql")
+
+
+TWO_DOMAINS = ["--source", "streets:synthetic,count=4,size=64x128", "--batch-size", "2", "--device", "cpu"]
+
+
+def weakly(target, out, *more):
+    as_they_are = [word for side in ("source-height", "source-width", "target-height", "target-width") for word in (f"--{side}", "0")]
+    return ["train", "wdass", *TWO_DOMAINS, "--target", target, "--out", str(out), "--net", "wdass_small", "--warm", "0", *as_they_are,
+            "--crop-height", "64", "--crop-width", "128", *more]
+
+
+def test_weak_labels_from_the_shell(tmp_path, capsys):
+    out, target = tmp_path / "weak", "streets:real,count=4,size=64x128"
+    command = [*weakly(target, out, "--weak", "fine", "--labels", "point", "--val", target), "--steps", "2"]
+    assert main(command) == 0
+    scored = capsys.readouterr().out
+    assert "road" in scored and (out / "checkpoints" / "wdass-0000002").exists()
+    before = (out / "metrics.csv").read_text()
+    assert main(command) == 0 and (out / "metrics.csv").read_text() == before      # finished: nothing is trained again
+    fails([*weakly(target, out, "--weak", "fine", "--labels", "image"), "--steps", "2"], capsys, "labels", "point", "image")
+    fails([*weakly("cityscapes:nowhere", tmp_path / "x"), "--steps", "2"], capsys, "nowhere", out=tmp_path / "x")
+    fails([*weakly(target, tmp_path / "x", "--points", "p.yaml"), "--steps", "2"], capsys, "p.yaml", "cityscapes:DIR", out=tmp_path / "x")
+
+
+def few(out, *more):
+    return ["train", "pixda", *TWO_DOMAINS, "--target", "streets:real,count=4,size=64x128", "--out", str(out), "--net", "pixda_small",
+            "--steps", "2", "--kd-steps", "1", "--disc-width", "8", "--height", "64", "--width", "128", *more]
+
+
+def test_few_labelled_images_from_the_shell(tmp_path, capsys):
+    from protonb.datasets import open_dataset
+    names = open_dataset("streets:real,count=4,size=64x128").names
+    listed = tmp_path / "few.txt"
+    listed.write_text(f"{names[2]}\n\n{names[0]}\n")
+    out = tmp_path / "few"
+    assert main([*few(out, "--few", str(listed)), "--val", "streets:real,count=2,size=64x128"]) == 0
+    assert "2 labelled target images" in capsys.readouterr().out
+    assert (out / "checkpoints" / "distill-0000001").exists() and not list(out.rglob("*.tmp"))
+    assert main(["info", str(out)]) == 0 and "distill with pixda_small" in capsys.readouterr().out
+    fails(few(tmp_path / "x"), capsys, "lacks 18 of the 18 few-shot images", "aachen_000082_000019", out=tmp_path / "x")
+    fails(few(tmp_path / "x", "--few", "drawn", "--shots", "9"), capsys, "k is 9", out=tmp_path / "x")
+    listed.write_text("nobody\n")
+    fails(few(tmp_path / "x", "--few", str(listed)), capsys, "nobody", out=tmp_path / "x")

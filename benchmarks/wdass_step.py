@@ -1,0 +1,109 @@
+"""The memory and time of a WDASS step: three backward passes, one graph at a time, beside one backward pass through three graphs at once.
+
+    python benchmarks/wdass_step.py            the exact network at 512x512, batch 1, on a CPU: about four minutes and 10 GB
+    python benchmarks/wdass_step.py --quick    a small network, to see that it runs; no goals
+
+Each way runs in a process of its own, in turns. Memory is the largest amount the step adds to what was there before it. Scenes are procedural and weights random: neither changes time or memory.
+"""
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+WAYS = 'one at a time', 'three at once'
+GOALS = dict(memory=.45, seconds=1.05)
+
+
+def inputs(quick):
+    "Networks, optimiser and a batch of coarse labels, past the warm-up: every loss counts."
+    import torch
+    from protonb import wdass
+    from protonb.deeplabv2 import wdass_resnet101, wdass_small
+    from protonb.sampling import batches
+    from protonb.streets import REAL, SYNTHETIC, Streets
+    from protonb.training import seed_everything
+    from protonb.weak_labels import WeakLabels
+    from protonb.weighted_prototypes import PrototypeMemory
+    size = 128 if quick else 512
+    view = wdass.WDASSView(0, 0, 0, 0, low=1., high=1., crop_height=size, crop_width=size)
+    cfg = wdass.WDASS(labels='coarse', warm=-1, view=view)
+    source, target = (Streets(d, 2, size=(size, 2*size)) for d in (SYNTHETIC, REAL))
+    seed_everything(0, 'init')
+    net = (wdass_small if quick else wdass_resnet101)().train().to(memory_format=torch.channels_last)
+    teacher = wdass.slow_copy(net, cfg).to(memory_format=torch.channels_last)
+    opt, sched = wdass.optimizer_for(net, cfg)
+    batch = next(iter(batches(wdass.domain_pairs(source, WeakLabels(target, 'coarse'), cfg), steps=1)))
+    return (net, teacher, PrototypeMemory(net.num_classes, net.channels), opt, sched, batch, cfg)
+
+
+def at_once(student, teacher, memory, opt, sched, batch, cfg):
+    "The same step with all three graphs kept until one backward pass."
+    from protonb import wdass
+    source, (x, weak, tags), n = batch['source'], batch['target'], sched.last_epoch
+    rng, generator = wdass.draws(0, n, x.device)
+    if n: wdass.update_teacher(teacher, student, cfg.alpha)
+    said = wdass.teacher_view(teacher, x, weak, cfg)
+    wdass.remember(memory, 'target', said.features, weak, said.cells, cfg)
+    opt.zero_grad(set_to_none=True)
+    terms = [wdass.target_terms(student, memory, x, weak, tags, cfg, False, generator),
+             wdass.source_terms(student, memory, source, weak, said, cfg, False, generator),
+             wdass.mixed_terms(student, wdass.mixed_batch(source, x, said, cfg, rng, generator))]
+    losses = {k: v for t, _ in terms for k, v in t.items()}
+    sum(wdass.weights(cfg)[k]*v for k, v in losses.items()).backward()
+    opt.step()
+    sched.step()
+    return losses
+
+
+def resident():
+    "Bytes of this process that are in memory now."
+    pages = Path('/proc/self/statm').read_text().split()[1]
+    return int(pages)*resource.getpagesize()
+
+
+def measure(way, quick, steps):
+    "Seconds of the steps after the first, and the memory they need."
+    from protonb import wdass
+    args = inputs(quick)
+    before, times = resident(), []
+    for _ in range(steps):
+        start = time.perf_counter()
+        losses = wdass.step(*args) if way == WAYS[0] else at_once(*args)
+        times.append(time.perf_counter()-start)
+        assert all(v.isfinite() for v in losses.values()), losses
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
+    return dict(way=way, seconds=min(times), memory=peak-before, peak=peak)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    p.add_argument('--quick', action='store_true', help='a small network at 128x128, no goals')
+    p.add_argument('--steps', type=int, default=2, help='steps in each process; the fastest counts')
+    p.add_argument('--rounds', type=int, default=2, help='processes for each way, in turns')
+    p.add_argument('--way', choices=WAYS, help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if args.way:
+        print(json.dumps(measure(args.way, args.quick, args.steps)))
+        return 0
+    found = {way: [] for way in WAYS}
+    for _ in range(args.rounds):
+        for way in WAYS:
+            command = [sys.executable, __file__, '--way', way, '--steps', str(args.steps), *['--quick']*args.quick]
+            found[way].append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]))
+    best = {way: {k: statistics.median(r[k] for r in rows) if k != 'seconds' else min(r[k] for r in rows) for k in ('seconds', 'memory', 'peak')}
+            for way, rows in found.items()}
+    for way, r in best.items():
+        print(f'{way:16}{r["seconds"]:7.2f} s   {r["memory"]/2**30:6.2f} GiB more than before   {r["peak"]/2**30:6.2f} GiB in all')
+    missed = []
+    for what, most in GOALS.items():
+        ratio = best[WAYS[0]][what]/best[WAYS[1]][what]
+        print(f'{what}: {ratio:.3f} times the other, wanted at most {most}')
+        if ratio > most: missed.append(what)
+    return 1 if missed and not args.quick else 0
+
+
+if __name__ == '__main__': sys.exit(main())
