@@ -8,7 +8,7 @@ __all__ = ['PixDAView', 'Focal', 'PixDA', 'look_at', 'samples', 'log_probabiliti
            'discriminator_losses', 'step', 'first_by_itself', 'optimizers_for', 'discriminators', 'realness',
            'still_real', 'score_images', 'select', 'distillation', 'distill_step', 'train']
 
-# %% ../nbs/05_methods/07_pixda.ipynb #16d8c970
+# %% ../nbs/05_methods/07_pixda.ipynb #e2bd103b
 import copy, json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,16 +24,15 @@ from .core import InputError, atomic_path
 from .datasets import take
 from .deeplab import released_repeats
 from .dip_net import BATCH_NORMS
-from .discriminators import pixda_image_discriminator, pixda_pixel_discriminator
+from .discriminators import SOURCE, TARGET, domain_loss, pixda_image_discriminator, pixda_pixel_discriminator
 from .few_shot import uniform_index
 from .labels import IGNORE
 from .mixing import fda
-from .pbal import SOURCE, TARGET, domain_loss, for_processes, mean_over, sum_over
 from .sampling import shuffled_index
-from .self_training import RepeatedSGD, head_groups, poly_from_zero, resize_image, wait_long
+from .self_training import RepeatedSGD, for_processes, head_groups, mean_over, poly_from_zero, sum_over, wait_long
 from .source_only import feed_for
 from .training import Train, accelerator_for, bare, fit
-from .transforms import normalize
+from .transforms import normalize, resize_image
 
 # %% ../nbs/05_methods/07_pixda.ipynb #ed03de81
 @dataclass

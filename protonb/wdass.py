@@ -9,7 +9,7 @@ __all__ = ['check_choices', 'WDASSView', 'Contrasts', 'Mix', 'WDASS', 'rate', 't
            'target_terms', 'source_terms', 'draws', 'mixed_batch', 'mixed_terms', 'weights', 'learn', 'update_teacher',
            'step', 'optimizer_for', 'train', 'segmenter']
 
-# %% ../nbs/05_methods/06_wdass.ipynb #b9c4efa7
+# %% ../nbs/05_methods/06_wdass.ipynb #4f3e286e
 import copy, math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Literal, get_args, get_origin
@@ -24,13 +24,11 @@ from .dip_net import under
 from .labels import IGNORE
 from .mixing import blur_batch, jitter_batch, mix_masks, paste, shuffled_jitter
 from .ops import logits_cross_entropy, prototype_logits
-from .pbal import for_processes, sum_over
-from .proda import held
 from .sampling import shuffled_index
-from .self_training import resize_image
+from .self_training import for_processes, held, sum_over
 from .source_only import feed_for
 from .training import Train, accelerator_for, bare, fit
-from .transforms import normalize, resize_label
+from .transforms import normalize, resize_image, resize_label
 from .weak_labels import image_tags
 from .weighted_prototypes import PrototypeMemory, contrast, domain_prototypes, merge_labels, sample_anchors, sure
 

@@ -10,12 +10,12 @@ from torch.nn import functional as F
 
 from protonb import pbal, proda
 from protonb.deeplab import pbal_small
-from protonb.discriminators import pbal_discriminator
+from protonb.discriminators import class_map, pbal_discriminator
 from protonb.labels import IGNORE
-from protonb.pbal import (BPL, PST, WarmUp, alignment, bpl_step, cross_entropy, probabilities, prototype_contrast_term,
+from protonb.pbal import (BPL, PST, WarmUp, alignment, bpl_step, prototype_contrast_term,
                           pst_step)
 from protonb.proda import Distill
-from protonb.self_training import WeakView
+from protonb.self_training import WeakView, cross_entropy
 from protonb.streets import REAL, SYNTHETIC, Streets
 from protonb.training import Train, checkpoints, poly_lr, read_metrics, read_states
 from protonb.transforms import resize_label
