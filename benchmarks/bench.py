@@ -345,7 +345,7 @@ def main():
     p.add_argument('--no-tests', action='store_true', help='skip the tests; no row is written then')
     args = p.parse_args()
     if args.device == 'cuda' and not torch.cuda.is_available(): sys.exit('--device cuda: PyTorch sees no GPU')
-    args.seconds = args.seconds or (.2 if args.quick else 2.5)
+    args.seconds = args.seconds or (.2 if args.quick else 2.)
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision('highest')
     timer = Timer(args.device)

@@ -121,6 +121,7 @@ class Bench:
             target = WeakLabels(self.data['target'], kind, seed=self.seed, least=20)
             wdass.train(self.data['source'], target, net, replace(WDASS, labels=kind), self.run(), run_dir=self.home/f'wdass_{kind}', config=ABOUT)
             yield f'wdass {kind}', net
+            yield f'wdass {kind}, AdaBN', refresh_statistics(copy.deepcopy(net), self.data['target'])
 
     def few(self, name, first):
         "The labelled target images are drawn as if the scenes came from so many cities."

@@ -76,3 +76,27 @@ def test_no_row_without_green_tests(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, 'argv', ['bench.py', '--quick', '--threads', '1'])
     with pytest.raises(SystemExit, match='its tests fail, not measured'): bench.main()
     assert not (tmp_path/'results.csv').exists()
+
+
+def test_every_method_of_streets_starts_from_the_common_start(tmp_path, monkeypatch):
+    import streets
+    from dataclasses import replace
+    from protonb.streets import REAL, SYNTHETIC, Streets
+    from protonb.training import Train
+    monkeypatch.setattr(streets, 'START', 1)
+    monkeypatch.setattr(streets, 'PIXDA', replace(streets.PIXDA, kd_steps=1))
+    monkeypatch.setattr(streets.Bench, 'run', lambda self, steps=1: Train(steps=1, batch_size=2, seed=self.seed, device='cpu'))
+    size = (streets.H, streets.W)
+    data = dict(source=Streets(SYNTHETIC, 4, size=size), target=Streets(REAL, 5*streets.CITIES, size=size, seed=1))
+    names = [title for name in ('start', 'wdass', 'fine_tuning', 'pixda') for title, _ in streets.Bench(tmp_path, 3, data).stages(name)]
+    weak = [f'wdass {kind}{how}' for kind in streets.KINDS for how in ('', ', AdaBN')]
+    assert names == ['start', *weak, 'fine_tuning 1-shot', 'fine_tuning 5-shot', 'pixda 1-shot', 'pixda 5-shot']
+    start = (tmp_path/'seed3'/'start'/'checkpoints').iterdir()
+    assert len(list(start)) == 1 and {p.name for p in (tmp_path/'seed3').iterdir()} >= {'wdass_point', 'pixda_5', 'fine_tuning_1'}
+
+
+def test_one_graph_at_a_time_is_measured_beside_three(capsys):
+    import subprocess
+    path = Path(__file__).parents[1]/'benchmarks'/'wdass_step.py'
+    said = subprocess.run([sys.executable, path, '--quick', '--rounds', '1', '--steps', '1'], check=True, capture_output=True, text=True).stdout
+    assert all(w in said for w in ('one at a time', 'three at once', 'memory: ', 'seconds: '))
