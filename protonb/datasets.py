@@ -85,7 +85,7 @@ def read_label16(
     if raw.max() > 255: raise InputError(f'{path}: holds the value {raw.max()}, expected class ids below 256')
     return raw.astype(np.uint8)
 
-# %% ../nbs/01_data/03_datasets.ipynb #0bbe482d
+# %% ../nbs/01_data/03_datasets.ipynb #6f8d0cdb
 class PairFolder(Dataset):
     "Images with their labels; decoded when asked for, mapped to train ids in one pass."
     def __init__(self,
@@ -97,7 +97,7 @@ class PairFolder(Dataset):
         channel=None,       # Channel of the label files that holds the ids
         resize_label=False, # Resize a label of another size to its image, nearest neighbour; otherwise that is an error
         mask=None,          # Function raw ids (H,W) -> bool (H,W), True where the label is to be ignored
-        read=read_label,    # Function (path, channel) -> raw ids (H,W) uint8
+        read=None,          # Function (path, channel) -> raw ids (H,W) uint8; `read_label` when left out
     ):
         self.image_paths, self.label_paths, self.names = images, labels, names
         self.table, self.space, self.channel, self.resize_label, self.mask, self.read = table, space, channel, resize_label, mask, read
@@ -109,12 +109,12 @@ class PairFolder(Dataset):
         image = torch.from_numpy(read_image(self.image_paths[i])).permute(2, 0, 1).contiguous()
         return image, _label_of(self, i, tuple(image.shape[1:]))
 
-# %% ../nbs/01_data/03_datasets.ipynb #22fb26f4
+# %% ../nbs/01_data/03_datasets.ipynb #232b1cef
 def _label_of(ds, i, size):
     "Label of pair i as (H,W) int64 train ids, of the image's size."
     if ds.label_paths is None: return torch.full(size, IGNORE)
     path = ds.label_paths[i]
-    raw = ds.read(path, ds.channel)
+    raw = (ds.read or read_label)(path, ds.channel)
     ids = map_ids(raw, ds.table, path)
     if ds.mask is not None: ids[ds.mask(raw)] = IGNORE
     label = torch.from_numpy(ids).long()

@@ -66,7 +66,7 @@ class WDASSView:
             if min(h, w) < 0 or (h == 0) != (w == 0):
                 raise InputError(f'{d}_height is {h} and {d}_width {w}; expected a size, or 0 and 0 to leave the images as they are')
 
-# %% ../nbs/05_methods/06_wdass.ipynb #89b2d39f
+# %% ../nbs/05_methods/06_wdass.ipynb #5a30e1aa
 @dataclass
 class Contrasts:
     "Prototypes, and what cells are contrasted with them."
@@ -80,7 +80,7 @@ class Contrasts:
     intra_samples:int = 256       # Most cells in a contrast inside one domain
     least:int = 20                # A class takes part where an image has more cells of it than this
     most:int = 20                 # Cells of a class and image that take part, at most
-    points:int = 1                # Point labels: how many pixels an image has per class, on average and at most
+    clicks:int = 1                # Point labels: how many points an image has per class, on average and at most
     source_predictions:bool = True         # Unlabelled source cells are contrasted under the student's own label (released)
     empty:Literal['keep', 'zero'] = 'keep' # A class whose cells are all unsure keeps its prototype, or loses it (released)
     reduce:bool = False           # Prototypes of the global batch instead of each process's own
@@ -383,7 +383,7 @@ class Said:
     labels: Tensor      # (B,H,W) its label of each pixel, the weak label where there is one
     weight: Tensor      # (B,H,W) what a pixel counts in the mix
 
-# %% ../nbs/05_methods/06_wdass.ipynb #80ef32bf
+# %% ../nbs/05_methods/06_wdass.ipynb #8ac10bba
 def remember(
     memory,      # `PrototypeMemory`
     domain,      # 'target' or 'source'
@@ -395,7 +395,7 @@ def remember(
 ):
     "Move the prototypes of one domain to where this batch has them."
     kind = cfg.labels if domain == 'target' else 'coarse'
-    room = cfg.contrast.points*max(2, math.ceil(cfg.view.high))**2        # enlarged, a point is a block
+    room = cfg.contrast.clicks*max(2, math.ceil(cfg.view.high))**2        # enlarged, a point is a block
     rows,present,found = domain_prototypes(features, labels, cells, kind, len(memory.target), room=room, reduce=reduce)
     memory.update(domain, rows, present, found, cfg.contrast.empty)
 

@@ -639,10 +639,10 @@ def test_several_points_of_a_class_need_room_and_a_larger_scale_makes_its_own():
     labels = torch.full((1, 24, 24), IGNORE)
     labels[0, :10, :10] = torch.arange(100).view(10, 10) % 3                # some 33 pixels of each of three classes
     features,cells = F.normalize(torch.randn(1, D, 6, 6), dim=1),torch.zeros(1, 6, 6, dtype=torch.long)
-    def moved(points=1, high=2.):
+    def moved(clicks=1, high=2.):
         memory = PrototypeMemory(3, D)
-        cfg = W.WDASS(labels='point', contrast=W.Contrasts(points=points), view=W.WDASSView(high=high))
+        cfg = W.WDASS(labels='point', contrast=W.Contrasts(clicks=clicks), view=W.WDASSView(high=high))
         W.remember(memory, 'target', features, labels, cells, cfg)
         return memory.target
     with pytest.raises(ValueError, match='room'): moved()
-    assert moved(points=9).any() and moved(high=6.).any()                   # a point enlarged six times is 36 pixels
+    assert moved(clicks=9).any() and moved(high=6.).any()                   # a point enlarged six times is 36 pixels
