@@ -47,7 +47,7 @@ def at_once(student, teacher, memory, opt, sched, batch, cfg):
     from protonb import wdass
     source, (x, weak, tags), n = batch['source'], batch['target'], sched.last_epoch
     rng, generator = wdass.draws(0, n, x.device)
-    if n: wdass.update_teacher(teacher, student, cfg.alpha)
+    if n: wdass.update_average(teacher, student, cfg.alpha, statistics=True)
     said = wdass.teacher_view(teacher, x, weak, cfg)
     wdass.remember(memory, 'target', said.features, weak, said.cells, cfg)
     opt.zero_grad(set_to_none=True)

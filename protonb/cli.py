@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Net', 'DEMO', 'COMMANDS', 'Method', 'Command', 'EXAMPLES', 'Stopped', 'go_on', 'TrainSourceOnly', 'space_named',
-           'probe', 'train_source_only', 'TrainDIP', 'choose_support', 'prepare_dip', 'train_dip', 'TrainIAPC',
-           'train_iapc', 'opened', 'TrainPBAL', 'train_pbal', 'TrainProDA', 'train_proda', 'TrainWDASS', 'weakly',
-           'train_wdass', 'TrainPixDA', 'chosen_few', 'train_pixda', 'MakePrototypes', 'make_prototypes', 'Eval',
-           'eval_run', 'Predict', 'find_images', 'predict', 'sampled_features', 'make_report', 'Report', 'report',
-           'Demo', 'demo_data', 'demo', 'write_seeds', 'Info', 'info', 'parse', 'main']
+           'probe', 'train_source_only', 'TrainDIP', 'names_in', 'choose_support', 'prepare_dip', 'train_dip',
+           'TrainIAPC', 'train_iapc', 'opened', 'TrainPBAL', 'train_pbal', 'TrainProDA', 'train_proda', 'TrainWDASS',
+           'weakly', 'train_wdass', 'TrainPixDA', 'chosen_few', 'train_pixda', 'MakePrototypes', 'make_prototypes',
+           'Eval', 'eval_run', 'Predict', 'find_images', 'predict', 'sampled_features', 'make_report', 'Report',
+           'report', 'Demo', 'demo_data', 'demo', 'write_seeds', 'Info', 'info', 'parse', 'main']
 
 # %% ../nbs/07_shell/02_cli.ipynb #c546df2b
 import contextlib, io, os, re, sys
@@ -107,7 +107,9 @@ class TrainDIP:
     hyper:OmitArgPrefixes[DIP] = field(default_factory=clean)
     train:OmitArgPrefixes[Train] = field(default_factory=lambda: Train(steps=60000))
 
-# %% ../nbs/07_shell/02_cli.ipynb #9c0dab79
+# %% ../nbs/07_shell/02_cli.ipynb #8b665190
+def names_in(path): return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+
 def choose_support(
     target,               # Target training set
     k:int,                # Images per class
@@ -121,7 +123,7 @@ def choose_support(
         path = Path(listed)
         if listed not in LISTS and not path.is_file():
             raise InputError(f'--support: {listed!r} is neither a file nor one of {", ".join(LISTS)}')
-        names = LISTS.get(listed) or [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        names = LISTS.get(listed) or names_in(path)
         ids = named_support(target, names)
         chosen = replace(greedy_support(take(target, ids), k), indices=ids)
     return chosen if allow_missing else require_all_classes(chosen, 'support set')
@@ -316,14 +318,14 @@ class TrainPixDA:
     hyper:OmitArgPrefixes[pixda.PixDA] = field(default_factory=pixda.PixDA)
     train:OmitArgPrefixes[Train] = field(default_factory=lambda: Train(steps=30_000, batch_size=4))
 
-# %% ../nbs/07_shell/02_cli.ipynb #39f4f764
+# %% ../nbs/07_shell/02_cli.ipynb #37b24cad
 def chosen_few(o:TrainPixDA, space):
     "The labelled target images of a run."
     data = open_dataset(o.target, 'train', space)
     if o.few == 'drawn': return take(data, draw_shots(data.names, o.shots, o.train.seed))
     if o.few == 'published': return few_shot(data, pixda_list(o.shots))
     if not Path(o.few).is_file(): raise InputError(f"--few {o.few!r} is neither a file nor 'published' or 'drawn'")
-    return few_shot(data, [line.strip() for line in Path(o.few).read_text().splitlines() if line.strip()])
+    return few_shot(data, names_in(Path(o.few)))
 
 def train_pixda(o:TrainPixDA):
     "protonb train pixda"

@@ -81,18 +81,22 @@ def poly_from_zero(
     "lr(t) = lr0·(1 - t/T)^power for the updates t = 0, 1, ...: `poly_lr` one update later (ProDA steps its schedule after the update)."
     return LambdaLR(optimizer, lambda done: max(0., 1-done/length)**power)
 
-# %% ../nbs/04_learning/07_self_training.ipynb #bf67656f
+# %% ../nbs/04_learning/07_self_training.ipynb #27d2b23d
 @torch.no_grad()
 def update_average(
     average,     # The slow network, changed in place
     net,         # The network that is trained, of the same shape
     decay:float, # m: how much of the average stays
+    statistics=False, # Average the running statistics too, as WDASS does
 ):
     "Exponential moving average of the parameters; buffers are copied. A handful of launches for any number of tensors."
     slow,fast = bare(average),bare(net)
-    torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), 1-decay)
-    buffers = list(slow.buffers())
-    if buffers: torch._foreach_copy_(buffers, list(fast.buffers()))
+    pairs = list(zip(slow.buffers(), fast.buffers()))
+    mean = [p for p in pairs if statistics and p[0].is_floating_point()]
+    copy = [p for p in pairs if not (statistics and p[0].is_floating_point())]
+    a,b = zip(*zip(slow.parameters(), fast.parameters()), *mean)
+    torch._foreach_lerp_(a, b, 1-decay)
+    if copy: torch._foreach_copy_(*map(list, zip(*copy)))
 
 # %% ../nbs/04_learning/07_self_training.ipynb #a136063d
 @contextmanager

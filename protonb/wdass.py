@@ -6,10 +6,10 @@
 __all__ = ['check_choices', 'WDASSView', 'Contrasts', 'Mix', 'WDASS', 'rate', 'to_base', 'window', 'source_samples',
            'target_samples', 'domain_pairs', 'image_loss', 'slopes', 'noisy_softmax', 'edge_loss', 'confident',
            'mixing_weight', 'look', 'pixel_loss', 'slow_copy', 'Said', 'remember', 'teacher_view', 'within', 'across',
-           'target_terms', 'source_terms', 'draws', 'mixed_batch', 'mixed_terms', 'weights', 'learn', 'update_teacher',
-           'step', 'optimizer_for', 'train', 'segmenter']
+           'target_terms', 'source_terms', 'draws', 'mixed_batch', 'mixed_terms', 'weights', 'learn', 'step',
+           'optimizer_for', 'train', 'segmenter']
 
-# %% ../nbs/05_methods/06_wdass.ipynb #4f3e286e
+# %% ../nbs/05_methods/06_wdass.ipynb #0abc81ec
 import copy, math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Literal, get_args, get_origin
@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
+from . import source_only
 from .core import InputError, rng_for
 from .deeplabv2 import wdass_groups
 from .dip_net import under
@@ -25,9 +26,9 @@ from .labels import IGNORE
 from .mixing import blur_batch, jitter_batch, mix_masks, paste, shuffled_jitter
 from .ops import logits_cross_entropy, prototype_logits
 from .sampling import shuffled_index
-from .self_training import for_processes, held, sum_over
+from .self_training import for_processes, held, sum_over, update_average
 from .source_only import feed_for
-from .training import Train, accelerator_for, bare, fit
+from .training import Train, accelerator_for, fit
 from .transforms import normalize, resize_image, resize_label
 from .weak_labels import image_tags
 from .weighted_prototypes import PrototypeMemory, contrast, domain_prototypes, merge_labels, sample_anchors, sure
@@ -549,20 +550,7 @@ def learn(
     backward(loss + 0*features.sum())    # a head without a loss gets zeros: it is decayed, and no process waits for it
     return {k: v.detach() for k,v in losses.items()}
 
-# %% ../nbs/05_methods/06_wdass.ipynb #ec15b7d4
-@torch.no_grad()
-def update_teacher(
-    teacher,     # Slow network, changed in place
-    student,     # The network that is trained
-    alpha:float, # How much of the teacher stays
-):
-    "Moving average of parameters and running statistics; counters are copied."
-    pairs = list(zip(teacher.state_dict().values(), bare(student).state_dict().values()))
-    for floating in (True, False):
-        slow,fast = ([p[i] for p in pairs if p[0].is_floating_point() == floating] for i in (0, 1))
-        if slow: torch._foreach_lerp_(slow, fast, 1-alpha) if floating else torch._foreach_copy_(slow, fast)
-
-# %% ../nbs/05_methods/06_wdass.ipynb #03c1d286
+# %% ../nbs/05_methods/06_wdass.ipynb #3e148f75
 def step(
     student, teacher,  # The network that is trained, and its slow average
     memory,            # `PrototypeMemory`
@@ -576,7 +564,7 @@ def step(
     "One update from three backward passes; no two of their graphs are ever alive together."
     source,(x,weak,tags),n = batch['source'],batch['target'],sched.last_epoch
     (rng,generator),warm,reduce = draws(seed, n, x.device),n <= cfg.warm,sum_over(acc) if acc and cfg.contrast.reduce else None
-    if n: update_teacher(teacher, student, cfg.alpha)
+    if n: update_average(teacher, student, cfg.alpha, statistics=True)
     said = teacher_view(teacher, x, weak, cfg)
     remember(memory, 'target', said.features, weak, said.cells, cfg, reduce)
     opt.zero_grad(set_to_none=True)
@@ -641,15 +629,10 @@ def train(
     return fit(one, feed_for(domain_pairs(source, target, cfg, run.seed), run, acc), parts, run, run_dir=run_dir, stage='wdass',
                config=dict(config or {}, hyper=asdict(cfg)), accelerator=acc, progress=progress)
 
-# %% ../nbs/05_methods/06_wdass.ipynb #c4f4e34f
+# %% ../nbs/05_methods/06_wdass.ipynb #618b8f18
 def segmenter(
     net,  # Trained network
 ):        # images uint8 (B,3,H,W) -> logits (B,K,H,W)
     "The student as a callable for evaluation and prediction; its logits are enlarged as in training."
-    net.eval()
-    device = next(net.parameters()).device
-    @torch.no_grad()
-    def segment(images):
-        z = net(normalize(images.to(device)))
-        return F.interpolate(z.float(), images.shape[2:], mode='bilinear', align_corners=False)
-    return segment
+    small = source_only.segmenter(net)
+    return lambda images: F.interpolate(small(images).float(), images.shape[2:], mode='bilinear', align_corners=False)

@@ -355,7 +355,7 @@ def test_teacher_follows_parameters_and_statistics():
     net, teacher, *_ = parts()
     for t in net.state_dict().values(): t.add_(1) if t.is_floating_point() else t.fill_(9)
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
-    W.update_teacher(teacher, net, .9)
+    W.update_average(teacher, net, .9, statistics=True)
     for k, v in teacher.state_dict().items():
         if v.is_floating_point(): assert torch.allclose(v, before[k]+.1, atol=1e-6), k
         else: assert v == 9
