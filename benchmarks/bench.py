@@ -15,6 +15,7 @@ the inputs and the results (loss and gradients). On a GPU the L2 cache is flushe
 import argparse
 import contextlib
 import csv
+import io
 import multiprocessing
 import os
 import platform
@@ -33,6 +34,7 @@ from entries import ENTRIES, GOALS  # noqa: E402
 RESULTS = ROOT/'benchmarks'/'results.csv'
 COLUMNS = ('op provider mode shape dtype layout device threads median_ms p20_ms p80_ms how launch_ms GB_s copy_pct TFLOP_s matmul_pct extra_MB '
            'copy_GB_s matmul_TFLOP_s torch triton python commit date command').split()
+SLOW = 2000                                           # ms: what takes longer is run as rarely as possible
 KEY = 'op provider mode shape dtype layout device threads torch'.split()      # a row replaces an older one of the same key
 
 
@@ -93,33 +95,57 @@ class Timer:
         return graph.replay
 
 
+def brief(error): return f'{type(error).__name__}: {(str(error).splitlines() or [""])[0][:100]}'
+
+
+def results_of(run):
+    "Milliseconds of a first run, and what it gave or why it gave nothing; as bytes, because shared memory may be small."
+    start, out = time.perf_counter(), io.BytesIO()
+    try: made = run()
+    except Exception as e: made = brief(e)
+    took = 1e3*(time.perf_counter()-start)
+    torch.save(made, out)
+    return took, out.getvalue()
+
+
 class Worker:
     "A process of its own for one provider: the heap that one leaves behind decides how often the next one faults pages in."
     def __init__(self, entry, case, name, device):
         self.pipe, child = multiprocessing.get_context('fork').Pipe()
         self.process = multiprocessing.get_context('fork').Process(target=self.serve, args=(child, entry, case, name, device), daemon=True)
         self.process.start()
+        child.close()                                             # else nobody would notice the end of the process
 
     @staticmethod
     def serve(pipe, entry, case, name, device):
         inputs, provider, timer = entry.inputs(case, device), entry.providers(case, device)[name], Timer(device)
-        runs, last = {mode: entry.runner(provider, inputs, mode) for mode in entry.modes}, {}
+        runs, last, kept = {mode: entry.runner(provider, inputs, mode) for mode in entry.modes}, {}, {}
         while (order := pipe.recv()) is not None:
             what, mode = order
-            if what == 'extra':
-                pipe.send(extra_bytes(runs[mode], device))
-                continue
-            end = time.perf_counter()+.03                         # caches, threads and clock are back from what the others did
-            while last.get(mode, 0) < 200 and time.perf_counter() < end: last[mode] = timer.once(runs[mode])
-            last[mode] = timer.once(runs[mode])
-            pipe.send(last[mode])
+            if what == 'results':
+                last[mode], made = results_of(runs[mode])
+                if last[mode] > SLOW: kept[mode] = [last[mode]]   # where runs take seconds these two count
+                pipe.send(made)
+                del made
+            elif what == 'extra':
+                start, extra = time.perf_counter(), extra_bytes(runs[mode], device)
+                if mode in kept: kept[mode].append(1e3*(time.perf_counter()-start))
+                pipe.send(extra)
+            elif kept.get(mode): pipe.send(kept[mode].pop(0))
+            else:
+                end = time.perf_counter()+.03                     # caches, threads and clock are back from what the others did
+                while last[mode] < 200 and time.perf_counter() < end: last[mode] = timer.once(runs[mode])
+                last[mode] = timer.once(runs[mode])
+                pipe.send(last[mode])
 
     def ask(self, *order):
-        self.pipe.send(order)
-        return self.pipe.recv()
+        try:
+            self.pipe.send(order)
+            return self.pipe.recv()
+        except (EOFError, OSError): raise RuntimeError('the process died') from None
 
     def stop(self):
-        self.pipe.send(None)
+        with contextlib.suppress(OSError): self.pipe.send(None)  # it may be dead
         self.process.join()
 
 
@@ -127,6 +153,12 @@ class Remote:
     "One run in a worker."
     def __init__(self, worker, mode): self.worker, self.mode = worker, mode
     def __call__(self): return self.worker.ask('time', self.mode)
+
+    def results(self):
+        "What the run computes; the libraries are loaded and the memory is mapped from here on."
+        out = torch.load(io.BytesIO(self.worker.ask('results', self.mode)))
+        if isinstance(out, str): raise RuntimeError(out)
+        return out
 
 
 def in_process(f, *args):
@@ -146,14 +178,14 @@ def in_process(f, *args):
 
 
 def in_turns(timer, runs, seconds, most=200):
-    "Times of each run (name -> list of ms), taken in turns until the seconds are used up; slow ones less often, but three times (twice over 2 s)."
+    "Times of each run (name -> list of ms), taken in turns until the seconds are used up; slow ones less often, but three times (twice where a run takes seconds)."
     first = {}
     for n, f in runs.items():
         if not isinstance(f, Remote): f()                         # libraries load, memory is mapped, compilers compile
         first[n] = timer.once(f)
-    times = {n: [t] if t > 2000 else [] for n, t in first.items()}
+    times = {n: [t] if t > SLOW else [] for n, t in first.items()}
     budget, end = 1e3*seconds/max(1, len(runs)), time.time()+seconds
-    least = {n: 3 if t < 2000 else 2 for n, t in first.items()}
+    least = {n: 2 if t > SLOW else 3 for n, t in first.items()}
     rounds = {n: max(least[n], min(most, int(budget/max(t, 1e-3)))) for n, t in first.items()}
     for r in range(max(rounds.values())):
         for n, f in runs.items():
@@ -225,6 +257,15 @@ def tests_pass(entry, device):
     return done.returncode == 0
 
 
+@contextlib.contextmanager
+def one_thread():
+    "No pool of threads comes into being: a process that is forked later would wait for threads it does not have."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(threads)
+
+
 def agree(name, results, truth, tolerance):
     "A peer that computes something else is no peer."
     for i, (a, b) in enumerate(zip(results, truth)):
@@ -234,36 +275,35 @@ def agree(name, results, truth, tolerance):
         if not error <= tolerance: raise AssertionError(f'{name}: result {i} is off by {error:.1e} {of}, allowed {tolerance:.0e}')
 
 
-def compared(entry, case, device):
-    "The providers that run here, by mode; each has been compared with ours."
-    inputs, able = entry.inputs(case, device), {}
-    for mode in entry.modes:
-        truth = None
-        for name, provider in entry.providers(case, device).items():
-            try: out = entry.runner(provider, inputs, mode)()
-            except Exception as e:                                  # a peer may lack memory, a shape or a package; ours may not
-                if name == 'ours': raise
-                print(f'  {name}: left out, {type(e).__name__}: {str(e).splitlines()[0][:100]}', flush=True)
-                continue
-            out = list(out) if isinstance(out, (tuple, list)) else [out]
-            if truth is None: truth = out
-            else: agree(f'{entry.name} {name} {mode}', out, truth, entry.tolerance(case, name))
-            able.setdefault(name, []).append(mode)
+def compared(entry, case, runs):
+    "The runs of `runs` (mode and provider -> function that returns the results) that work here; each has been compared with ours."
+    able, truth = [], {}
+    for (mode, name), run in runs.items():
+        try: out = run()
+        except Exception as e:                                      # a peer may lack memory, a shape or a package; ours may not
+            if name == 'ours': raise
+            print(f'  {name}: left out, {brief(e)}', flush=True)
+            continue
+        out = list(out) if isinstance(out, (tuple, list)) else [out]
+        if name == 'ours': truth[mode] = out
+        else: agree(f'{entry.name} {name} {mode}', out, truth[mode], entry.tolerance(case, name))
+        able.append((mode, name))
     return able
 
 
 def measure(entry, case, timer, args, rates, isolate=False):
     "Rows of one case: every provider, forward and both directions; each in a process of its own where asked."
     rows, device = [], timer.device
-    able = in_process(compared, entry, case, device) if isolate else compared(entry, case, device)
+    providers = entry.providers(case, device)
     if isolate:
-        workers = {n: Worker(entry, case, n, device) for n in able}
-        runs = {(m, n): Remote(workers[n], m) for n in able for m in able[n]}
-        for f in runs.values(): f()                                 # libraries load, what stays for good is there before memory is counted
+        workers = {n: Worker(entry, case, n, device) for n in providers}
+        runs = {(m, n): Remote(workers[n], m) for m in entry.modes for n in providers}
+        with one_thread(): runs = {k: runs[k] for k in compared(entry, case, {k: f.results for k, f in runs.items()})}
         kept = {(m, n): workers[n].ask('extra', m) for m, n in runs}
     else:
-        workers, inputs, providers = {}, entry.inputs(case, device), entry.providers(case, device)
-        runs = {(m, n): entry.runner(providers[n], inputs, m) for n in able for m in able[n]}
+        workers, inputs = {}, entry.inputs(case, device)
+        runs = {(m, n): entry.runner(f, inputs, m) for m in entry.modes for n, f in providers.items()}
+        runs = {k: runs[k] for k in compared(entry, case, runs)}
         kept = {k: extra_bytes(f, device) for k, f in runs.items()}
     times = in_turns(timer, runs, args.seconds)
     for (mode, n), ms in times.items():
@@ -345,7 +385,7 @@ def main():
     p.add_argument('--no-tests', action='store_true', help='skip the tests; no row is written then')
     args = p.parse_args()
     if args.device == 'cuda' and not torch.cuda.is_available(): sys.exit('--device cuda: PyTorch sees no GPU')
-    args.seconds = args.seconds or (.2 if args.quick else 2.)
+    args.seconds = args.seconds or (.2 if args.quick else 1.5)
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision('highest')
     timer = Timer(args.device)

@@ -326,7 +326,7 @@ def tests(kernel, words): return dict(cpu_tests=['tests/test_ops.py', '-k', word
 ENTRIES = [
     Entry('masked_average_pool', map_cases, pool_inputs,
           lambda case, device: dict(ours=pool_ours)|reference(pool_ours, device)|with_compiled(
-              case, device, **{'class loop': pool_class_loop, 'one-hot einsum': pool_einsum, 'index_add_': pool_index_add}),
+              case, device, **slow_loop(case, device, pool_class_loop), **{'one-hot einsum': pool_einsum, 'index_add_': pool_index_add}),
           pool_bytes, map_flops(1, 2), **tests('pooling', 'pool')),
     Entry('prototype_cross_entropy', ce_cases, ce_inputs, ce_providers, ce_bytes, map_flops(1, 4), **tests('distance', 'cross_entropy')),
     Entry('prototype_logits', map_cases, logits_inputs,

@@ -7,7 +7,7 @@ __all__ = ['STAGES', 'WarmUp', 'BPL', 'PST', 'alignment', 'largest', 'prototype_
            'bpl_step', 'domain_pairs', 'optimizer_for', 'pst_step', 'warm_up', 'bpl', 'make_pseudo', 'pst', 'PBAL',
            'train']
 
-# %% ../nbs/05_methods/04_pbal.ipynb #d7837821
+# %% ../nbs/05_methods/04_pbal.ipynb #5fcd0955
 import copy
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -20,8 +20,8 @@ from .discriminators import SOURCE, class_map, discriminator_step, domain_loss, 
 from .labels import IGNORE
 from .ops import prototype_cross_entropy, prototype_logits
 from .pseudo_labels import HardLabels, Unlabelled, classwise_thresholds, read_histogram, write_labels
-from .self_training import (WeakView, cross_entropy, for_processes, head_groups, mean_over, sum_over, wait_long,
-                                   weak_samples, without_gradient)
+from .self_training import (WeakView, cross_entropy, for_processes, head_groups, mean_over, stage_seed, sum_over,
+                                   wait_long, weak_samples, without_gradient)
 from .proda import Distill, distill_round
 from .source_only import feed_for, segmenter
 from .training import Train, accelerator_for, bare, fit, poly_lr
@@ -217,7 +217,7 @@ def pst_step(
     sched.step()
     return {k: v.detach() for k,v in dict(loss=loss, **terms).items()}
 
-# %% ../nbs/05_methods/04_pbal.ipynb #c5dc8e54
+# %% ../nbs/05_methods/04_pbal.ipynb #19e5293c
 def _adversarial_run(source, target, net, cfg, run, stage, run_dir, config, progress):
     "Warm-up and stage 1 differ in their numbers only."
     acc = accelerator_for(run)
@@ -228,7 +228,7 @@ def _adversarial_run(source, target, net, cfg, run, stage, run_dir, config, prog
     opt,sched = optimizer_for(net, cfg)
     opt_d = torch.optim.Adam(disc.parameters(), lr=cfg.lr_disc, betas=(.9, .99))
     net,disc,opt,opt_d = acc.prepare(net, disc, opt, opt_d)
-    make = domain_pairs(source, Unlabelled(target), cfg.view, run.seed)
+    make = domain_pairs(source, Unlabelled(target), cfg.view, stage_seed(run.seed, stage))
     one = lambda batch: bpl_step(net, disc, opt, opt_d, sched, batch, cfg, acc.backward, sum_over(acc))
     parts = dict(net=net, disc=disc, opt=opt, opt_d=opt_d, sched=sched)
     return fit(one, feed_for(make, run, acc), parts, run, run_dir=run_dir, stage=stage,
@@ -296,7 +296,7 @@ def _projection(net, cfg, run):
         torch.manual_seed(run.seed)
         return projection_head(net.channels, cfg.proj_head)
 
-# %% ../nbs/05_methods/04_pbal.ipynb #b494ef66
+# %% ../nbs/05_methods/04_pbal.ipynb #444f849a
 def pst(
     source,        # Labelled source data set
     target,        # Pseudo-labelled target, from `make_pseudo`
@@ -311,7 +311,7 @@ def pst(
     "Stage 2: prototypical self-training."
     acc,project = accelerator_for(run),_projection(net, cfg, run)
     net,opt,sched,project = _prepared(net, cfg, acc, project)
-    make = domain_pairs(source, target, cfg.view, run.seed, jitter)
+    make = domain_pairs(source, target, cfg.view, stage_seed(run.seed, 'pst'), jitter)
     parts = dict(net=net, opt=opt, sched=sched) | (dict(project=project) if project else {})
     one = lambda batch: pst_step(net, opt, sched, batch, cfg, acc.backward, sum_over(acc), project)
     return fit(one, feed_for(make, run, acc), parts, run, run_dir=run_dir, stage='pst',

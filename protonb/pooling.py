@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['TILE_BYTES', 'one_hot_masks', 'wide', 'full_precision', 'tiles', 'weighted_sums_fwd', 'weighted_sums_bwd',
-           'class_weights', 'pool_and_pass_ref', 'masked_average_pool_ref', 'pool_fwd', 'fit', 'pool_bwd',
-           'grid_positions', 'soft_masks', 'labels_on_grid']
+           'class_ids', 'row_sums_bwd', 'class_weights', 'pool_and_pass_ref', 'masked_average_pool_ref', 'pool_fwd',
+           'fit', 'pool_bwd', 'grid_positions', 'soft_masks', 'labels_on_grid']
 
-# %% ../nbs/02_ops/01_pooling.ipynb #61024e65
+# %% ../nbs/02_ops/01_pooling.ipynb #851365f2
 from contextlib import nullcontext
 import torch
+import torch.nn.functional as F
 
 # %% ../nbs/02_ops/01_pooling.ipynb #bf4bd537
 def one_hot_masks(
@@ -91,22 +92,35 @@ def weighted_sums_bwd(
         if need_w and pooled: dw[i,:,s:e] = g[i] @ x[b,:,s:e].to(w.dtype)
     return dx, dw
 
-# %% ../nbs/02_ops/01_pooling.ipynb #6a68a74c
-class _WeightedSums(torch.autograd.Function):
-    "Sums (S,K,C) of the images first..first+S-1, and the features again, so that their other gradient comes by here."
-    @staticmethod
-    def forward(ctx, x, w, first):
-        ctx.save_for_backward(x, w)
-        ctx.first = first
-        ctx.set_materialize_grads(False)
-        return weighted_sums_fwd(x[first:first+len(w)], w), x.view_as(x)
+# %% ../nbs/02_ops/01_pooling.ipynb #d84ac1fc
+def class_ids(
+    x,                 # (B,C,N) features
+    labels,            # (S,h,w) class ids, or soft masks (S,K,h,w) float
+    num_classes:int,   # K
+    weights,           # (S,h,w) float, or None for 1
+    ignore_index:int,  # Label left out
+):                     # (S,N) int64, K for pixels of no class; None where rows can't be fetched
+    "The row of gradients that each pixel of a channels-last map gets, unless it gets a mixture."
+    if x.stride(1) != 1 or x.shape[1] == 1 or weights is not None or labels.is_floating_point(): return None
+    y = labels.long().flatten(1)   # narrow types would wrap what they are compared with
+    return torch.where((y < 0) | (y >= num_classes) | (y == ignore_index), num_classes, y)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g, through):
-        x,w = ctx.saved_tensors
-        if g is None: return through, None, None
-        return *weighted_sums_bwd(x, w, g, through, ctx.first, *ctx.needs_input_grad[:2]), None
+# %% ../nbs/02_ops/01_pooling.ipynb #5a966ae9
+def row_sums_bwd(
+    x,            # (B,C,N) features, channels last in memory
+    ids,          # (S,N) of `class_ids`, for the images first..first+S-1
+    g,            # (S,K,C) gradient of the sums
+    through,      # (B,C,N) gradient that reaches the features from elsewhere, or None
+    first:int=0,  # First image that was pooled
+)->torch.Tensor:  # (B,C,N)
+    "Gradient of the sums: each pixel fetches the row of its class."
+    dx = torch.zeros_like(x) if through is None and len(ids) < len(x) else torch.empty_like(x)
+    if through is not None: dx.copy_(through)
+    for b,(y,rows) in enumerate(zip(ids, F.pad(g, (0, 0, 0, 1))), first):
+        if through is None: torch.index_select(rows.to(x.dtype), 0, y, out=dx[b].T)
+        else:
+            for _,s,e in tiles(x[b:b+1], 16): dx[b,:,s:e] += rows[y[s:e]].T
+    return dx
 
 # %% ../nbs/02_ops/01_pooling.ipynb #cd509401
 def class_weights(
@@ -122,7 +136,25 @@ def class_weights(
         return m if weights is None else m*weights[:,None].to(dtype)
     return one_hot_masks(labels, num_classes, dtype, ignore_index, weights)
 
-# %% ../nbs/02_ops/01_pooling.ipynb #91829262
+# %% ../nbs/02_ops/01_pooling.ipynb #ad6aba17
+class _WeightedSums(torch.autograd.Function):
+    "Sums (S,K,C) of the images first..first+S-1, and the features again, so that their other gradient comes by here."
+    @staticmethod
+    def forward(ctx, x, w, ids, first):
+        ctx.save_for_backward(x, w if ids is None else ids)
+        ctx.first = first
+        ctx.set_materialize_grads(False)
+        return weighted_sums_fwd(x[first:first+len(w)], w), x.view_as(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g, through):
+        x,w = ctx.saved_tensors
+        if g is None: return through, None, None, None
+        if not w.is_floating_point(): return row_sums_bwd(x, w, g, through, ctx.first), None, None, None
+        return *weighted_sums_bwd(x, w, g, through, ctx.first, *ctx.needs_input_grad[:2]), None, None
+
+# %% ../nbs/02_ops/01_pooling.ipynb #6dde651f
 def pool_and_pass_ref(
     features,              # (B,C,h,w)
     labels,                # (S,h,w) class ids, or soft masks (S,K,h,w) float, of the images that are pooled
@@ -138,7 +170,8 @@ def pool_and_pass_ref(
     with full_precision(features):
         x = features.flatten(2)
         w = class_weights(labels, num_classes, weights, ignore_index, wide(x.dtype)).flatten(2)
-        sums,x = _WeightedSums.apply(x, w, images.indices(len(x))[0])
+        ids = class_ids(x, labels, num_classes, weights, ignore_index)
+        sums,x = _WeightedSums.apply(x, w, ids, images.indices(len(x))[0])
         mass = w.sum(2)
         if not per_image: sums,mass = sums.sum(0),mass.sum(0)
         total = (mass+eps)[...,None]
@@ -193,7 +226,7 @@ def _sum_gradients(g, g_mass, prototypes, mass, eps):
     gm = -(gs*prototypes).sum(-1)
     return gs, gm if g_mass is None else gm+g_mass
 
-# %% ../nbs/02_ops/01_pooling.ipynb #bc10d805
+# %% ../nbs/02_ops/01_pooling.ipynb #eb796121
 def pool_bwd(
     g, g_mass,                             # Gradients of prototypes and mass; `g_mass` may be None
     x, labels, weights, prototypes, mass,  # What went in and what came out of `pool_fwd`
@@ -204,9 +237,11 @@ def pool_bwd(
     K,(B,*_) = mass.shape[-1],x.shape
     gs,gm = _sum_gradients(g, g_mass, prototypes, mass, eps)
     if not per_image: gs,gm = gs.expand(B, -1, -1),gm.expand(B, -1)
+    f,need_m = x.flatten(2),need_masks or need_weights
+    ids = class_ids(f, labels, K, weights, ignore_index)
+    if ids is not None: return (fit(row_sums_bwd(f, ids, gs, None), x) if need_x else x.new_empty(0), *(x.new_empty(0),)*2)
     m = class_weights(labels, K, weights, ignore_index, gs.dtype).flatten(2)
-    need_m = need_masks or need_weights
-    dx,dm = weighted_sums_bwd(x.flatten(2), m, gs, None, 0, need_x, need_m)
+    dx,dm = weighted_sums_bwd(f, m, gs, None, 0, need_x, need_m)
     if need_m: dm = dm.add_(gm[...,None]).view(B, K, *x.shape[2:])
     m = class_weights(labels, K, None, ignore_index, gs.dtype) if need_weights else None
     dw = (dm*m).sum(1) if need_weights else None

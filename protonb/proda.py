@@ -25,7 +25,7 @@ from .dip_net import set_train
 from .discriminators import SOURCE, class_map, discriminator_step, domain_loss
 from .distance import bilinear_weights
 
-# %% ../nbs/05_methods/05_proda.ipynb #d017028a
+# %% ../nbs/05_methods/05_proda.ipynb #71c5a6b9
 from .labels import IGNORE
 from .ops import masked_average_pool, prototype_logits
 from .pooling import one_hot_masks
@@ -33,8 +33,8 @@ from .prototypes import Prototypes, load_prototypes, save_prototypes
 from .pseudo_labels import HardLabels, SoftLabels, write_labels, write_soft
 from .resnet import freeze_affine
 from .sampling import batches, shuffled_index
-from .self_training import (RepeatedSGD, WeakView, cross_entropy, head_groups, held, mean_over, poly_from_zero, sum_over,
-                                   update_average, wait_long, weak_samples, weak_view, without_gradient)
+from .self_training import (RepeatedSGD, WeakView, cross_entropy, head_groups, held, mean_over, poly_from_zero, stage_seed,
+                                   sum_over, update_average, wait_long, weak_samples, weak_view, without_gradient)
 from .source_only import feed_for
 from .training import Train, accelerator_for, bare, fit
 from .transforms import normalize, resize_label
@@ -427,7 +427,7 @@ def warm_up_samples(
         return dict(source=(image, label), target=(b(position)[0],)*2)
     return make
 
-# %% ../nbs/05_methods/05_proda.ipynb #f3a8b32d
+# %% ../nbs/05_methods/05_proda.ipynb #c75e8f4e
 def warm_up(
     source,         # Labelled source data set
     target,         # Target images; labels are never used
@@ -450,7 +450,7 @@ def warm_up(
     net,opt,sched = equip(net, cfg, acc, released_repeats(net) if cfg.legacy_dup else None)
     one = lambda batch: warm_up_step(net, D, opt, opt_d, [sched, *scheds], batch, cfg, acc.backward, acc)
     parts = dict(net=net, D=D, opt=opt, opt_d=opt_d, sched=sched, sched_d=scheds[0])
-    make = warm_up_samples(source, target, cfg, run.seed)
+    make = warm_up_samples(source, target, cfg, stage_seed(run.seed, 'warm_up'))
     return fit(one, feed_for(make, run, acc), parts, run, run_dir=run_dir, stage='warm_up',
                config=dict(config or {}, hyper=asdict(cfg)), accelerator=acc, progress=progress)
 
@@ -544,7 +544,7 @@ def denoise_step(
     update_average(average, net, cfg.ema)
     return dict(source=source, **losses)
 
-# %% ../nbs/05_methods/05_proda.ipynb #243c7d11
+# %% ../nbs/05_methods/05_proda.ipynb #606be102
 def denoise(
     source,         # Labelled source data set
     target,         # `SoftLabels` of the network after the warm-up
@@ -558,7 +558,8 @@ def denoise(
     progress=True,  # Show a bar
 )->dict:            # step reached, and whether the stage is finished
     "Stage 1: rectified labels and consistent assignments. The student is the result, not its average."
-    acc,make,memory = accelerator_for(run),denoise_samples(source, target, cfg, run.seed),nn.Module()
+    acc,make = accelerator_for(run),denoise_samples(source, target, cfg, stage_seed(run.seed, 'denoise'))
+    memory = nn.Module()
     average = deepcopy(net).requires_grad_(False).train(not cfg.ema_eval).to(acc.device, memory_format=torch.channels_last)
     memory.register_buffer('prototypes', prototypes.matrix.float().to(acc.device, copy=True))
     net,opt,sched = equip(net.requires_grad_(True).train(), cfg, acc)
@@ -619,7 +620,7 @@ def distill_step(
     sched.step()
     return dict(source=source, hard=hard.detach(), kd=kd.detach(), sure=(labels != IGNORE).float().mean())
 
-# %% ../nbs/05_methods/05_proda.ipynb #e5f669d0
+# %% ../nbs/05_methods/05_proda.ipynb #217b0b3a
 def distill(
     source,        # Labelled source data set
     target,        # Target images with hard labels, 255 where they are not to count: `HardLabels`
@@ -639,7 +640,7 @@ def distill(
     student.requires_grad_(True).train()
     net,opt,sched = equip(student, cfg, acc, released_repeats(student) if cfg.legacy_dup else None)
     one = lambda batch: distill_step(net, teacher, opt, sched, batch, cfg, acc.backward, acc)
-    make = distill_samples(source, target, cfg, run.seed)
+    make = distill_samples(source, target, cfg, stage_seed(run.seed, stage))
     return fit(one, feed_for(make, run, acc), dict(net=net, opt=opt, sched=sched), run, run_dir=run_dir, stage=stage,
                config=dict(config or {}, hyper=asdict(cfg)), accelerator=acc, progress=progress)
 

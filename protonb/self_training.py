@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RepeatedSGD', 'head_groups', 'poly_from_zero', 'update_average', 'without_gradient', 'reduced', 'mean_over',
            'cross_entropy', 'sum_over', 'held', 'for_processes', 'wait_long', 'WeakView', 'Geometry', 'draw_geometry',
-           'cut', 'weak_view', 'weak_samples', 'refresh_statistics']
+           'cut', 'weak_view', 'weak_samples', 'stage_seed', 'refresh_statistics']
 
 # %% ../nbs/04_learning/07_self_training.ipynb #76869c61
 from contextlib import contextmanager, nullcontext
@@ -263,6 +263,14 @@ def weak_samples(
         image,label,_ = weak_view(image, label, rng, cfg)
         return (image if strong is None else strong(image, rng)), label
     return make
+
+# %% ../nbs/04_learning/07_self_training.ipynb #02a82745
+def stage_seed(
+    seed:int,   # Of the run
+    stage:str,  # Name of the stage
+)->int:
+    "A seed that belongs to the stage: other stages of the run see other windows in another order."
+    return int(rng_for(seed, 'stage', stage).integers(2**31))
 
 # %% ../nbs/04_learning/07_self_training.ipynb #26172cac
 @torch.no_grad()

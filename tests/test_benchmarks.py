@@ -1,5 +1,6 @@
 "The harness of benchmarks/: peers that agree, rows that replace rows, no row without green tests."
 import csv
+import os
 import sys
 from pathlib import Path
 import pytest
@@ -29,6 +30,22 @@ def test_a_peer_that_computes_something_else_is_caught(args):
     entry = ENTRIES[0]
     wrong = type(entry)(**{**entry.__dict__, 'providers': lambda case, device: dict(ours=entry.providers(case, device)['ours'], wrong=lambda i: 1.01*entry.providers(case, device)['ours'](i))})
     with pytest.raises(AssertionError, match='wrong forward: result 0 is off by'): bench.measure(wrong, entry.cases('cpu', True)[0], bench.Timer('cpu'), args, (1., 1.))
+
+
+@pytest.mark.parametrize('slow', [2000, 0])
+def test_each_provider_in_its_process(args, monkeypatch, capsys, slow):
+    "A peer that fails or takes its process down is left out, with the reason; one that is wrong is caught. A slow run's first time counts."
+    monkeypatch.setattr(bench, 'SLOW', slow)
+    entry, case = ENTRIES[0], ENTRIES[0].cases('cpu', True)[0]
+    def fails(i): raise MemoryError('too large')
+    def measured(**more):
+        odd = type(entry)(**{**entry.__dict__, 'providers': lambda case, device: entry.providers(case, device) | more})
+        return bench.measure(odd, case, bench.Timer('cpu'), args, (1., 1.), isolate=True)
+    rows, said = measured(fails=fails, dies=lambda i: os._exit(9)), capsys.readouterr().out
+    assert {(r['mode'], r['provider']) for r in rows} == {(m, n) for m in entry.modes for n in entry.providers(case, 'cpu')}
+    assert all(float(r['median_ms']) > 0 and float(r['extra_MB']) >= 0 for r in rows)
+    assert 'fails: left out, RuntimeError: MemoryError: too large' in said and 'dies: left out, RuntimeError: the process died' in said
+    with pytest.raises(AssertionError, match='wrong forward: result 0 is off by'): measured(wrong=lambda i: 1.01*entry.providers(case, 'cpu')['ours'](i))
 
 
 def test_every_operation_has_an_entry_and_goals_name_real_ones():
