@@ -34,7 +34,7 @@ from entries import ENTRIES, GOALS  # noqa: E402
 RESULTS = ROOT/'benchmarks'/'results.csv'
 COLUMNS = ('op provider mode shape dtype layout device threads median_ms p20_ms p80_ms how launch_ms GB_s copy_pct TFLOP_s matmul_pct extra_MB '
            'copy_GB_s matmul_TFLOP_s torch triton python commit date command').split()
-SLOW = 2000                                           # ms: what takes longer is run as rarely as possible
+SLOW = 1000                                           # ms: what takes longer is run as rarely as possible
 KEY = 'op provider mode shape dtype layout device threads torch'.split()      # a row replaces an older one of the same key
 
 
@@ -385,7 +385,7 @@ def main():
     p.add_argument('--no-tests', action='store_true', help='skip the tests; no row is written then')
     args = p.parse_args()
     if args.device == 'cuda' and not torch.cuda.is_available(): sys.exit('--device cuda: PyTorch sees no GPU')
-    args.seconds = args.seconds or (.2 if args.quick else 1.5)
+    args.seconds = args.seconds or (.2 if args.quick else 1.2)
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision('highest')
     timer = Timer(args.device)

@@ -32,7 +32,7 @@ def test_a_peer_that_computes_something_else_is_caught(args):
     with pytest.raises(AssertionError, match='wrong forward: result 0 is off by'): bench.measure(wrong, entry.cases('cpu', True)[0], bench.Timer('cpu'), args, (1., 1.))
 
 
-@pytest.mark.parametrize('slow', [2000, 0])
+@pytest.mark.parametrize('slow', [1000, 0])
 def test_each_provider_in_its_process(args, monkeypatch, capsys, slow):
     "A peer that fails or takes its process down is left out, with the reason; one that is wrong is caught. A slow run's first time counts."
     monkeypatch.setattr(bench, 'SLOW', slow)
