@@ -226,7 +226,7 @@ def _sum_gradients(g, g_mass, prototypes, mass, eps):
     gm = -(gs*prototypes).sum(-1)
     return gs, gm if g_mass is None else gm+g_mass
 
-# %% ../nbs/02_ops/01_pooling.ipynb #eb796121
+# %% ../nbs/02_ops/01_pooling.ipynb #201e0e73
 def pool_bwd(
     g, g_mass,                             # Gradients of prototypes and mass; `g_mass` may be None
     x, labels, weights, prototypes, mass,  # What went in and what came out of `pool_fwd`
@@ -239,7 +239,7 @@ def pool_bwd(
     if not per_image: gs,gm = gs.expand(B, -1, -1),gm.expand(B, -1)
     f,need_m = x.flatten(2),need_masks or need_weights
     ids = class_ids(f, labels, K, weights, ignore_index)
-    if ids is not None: return (fit(row_sums_bwd(f, ids, gs, None), x) if need_x else x.new_empty(0), *(x.new_empty(0),)*2)
+    if ids is not None: return fit(row_sums_bwd(f, ids, gs, None), x) if need_x else x.new_empty(0), x.new_empty(0), x.new_empty(0)
     m = class_weights(labels, K, weights, ignore_index, gs.dtype).flatten(2)
     dx,dm = weighted_sums_bwd(f, m, gs, None, 0, need_x, need_m)
     if need_m: dm = dm.add_(gm[...,None]).view(B, K, *x.shape[2:])

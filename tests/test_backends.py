@@ -35,6 +35,7 @@ def samples():
         pool=(O.masked_average_pool, (x, y, None, 3, 255, False, 0.)),
         pool_soft=(O.masked_average_pool, (x, masks, weights, 3, 255, True, .1)),
         pool_last=(O.masked_average_pool, (last, y, weights, 3, 255, False, 0.)),
+        pool_rows=(O.masked_average_pool, (last, y, None, 3, 255, True, 0.)),
         logits=(O.prototype_logits, (x, q, 'cosine', 2., 1e-12)),
         logits_last=(O.prototype_logits, (last, q, 'euclidean', 1., 1e-12)),
         nearest=(O.nearest_prototype, (x.detach(), q.detach(), valid, 'cosine')),
