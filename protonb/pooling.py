@@ -68,10 +68,10 @@ def weighted_sums_fwd(
         for b,s,e in tiles(x): out[b].addmm_(w[b,:,s:e], x[b,:,s:e].T.to(w.dtype))
     return out
 
-# %% ../nbs/02_ops/01_pooling.ipynb #a34ecd08
+# %% ../nbs/02_ops/01_pooling.ipynb #bc15f61a
 def weighted_sums_bwd(
     x,            # (B,C,N) features
-    w,            # (S,K,N) weights of the images first..first+S-1
+    w,            # (S,K,N) weights of the images first..first+S-1, or their `class_ids` (S,N)
     g,            # (S,K,C) gradient of the sums
     through,      # (B,C,N) gradient that reaches the features from elsewhere, or None
     first:int=0,  # First image that was pooled
@@ -79,6 +79,7 @@ def weighted_sums_bwd(
     need_w=True,  # Gradient of the weights wanted?
 )->tuple:         # (B,C,N) or None, (S,K,N) or None
     "Gradients of the sums: one write to the features (plus `through`), one read for the weights."
+    if not w.is_floating_point(): return row_sums_bwd(x, w, g, through, first) if need_x else None, None
     dx = torch.empty_like(x) if need_x else None
     dw = torch.empty_like(w) if need_w else None
     for b,s,e in tiles(x):
@@ -136,7 +137,7 @@ def class_weights(
         return m if weights is None else m*weights[:,None].to(dtype)
     return one_hot_masks(labels, num_classes, dtype, ignore_index, weights)
 
-# %% ../nbs/02_ops/01_pooling.ipynb #ad6aba17
+# %% ../nbs/02_ops/01_pooling.ipynb #41833d5c
 class _WeightedSums(torch.autograd.Function):
     "Sums (S,K,C) of the images first..first+S-1, and the features again, so that their other gradient comes by here."
     @staticmethod
@@ -151,10 +152,9 @@ class _WeightedSums(torch.autograd.Function):
     def backward(ctx, g, through):
         x,w = ctx.saved_tensors
         if g is None: return through, None, None, None
-        if not w.is_floating_point(): return row_sums_bwd(x, w, g, through, ctx.first), None, None, None
         return *weighted_sums_bwd(x, w, g, through, ctx.first, *ctx.needs_input_grad[:2]), None, None
 
-# %% ../nbs/02_ops/01_pooling.ipynb #6dde651f
+# %% ../nbs/02_ops/01_pooling.ipynb #08c09005
 def pool_and_pass_ref(
     features,              # (B,C,h,w)
     labels,                # (S,h,w) class ids, or soft masks (S,K,h,w) float, of the images that are pooled
@@ -170,7 +170,7 @@ def pool_and_pass_ref(
     with full_precision(features):
         x = features.flatten(2)
         w = class_weights(labels, num_classes, weights, ignore_index, wide(x.dtype)).flatten(2)
-        ids = class_ids(x, labels, num_classes, weights, ignore_index)
+        ids = class_ids(x, labels, num_classes, weights, ignore_index) if x.requires_grad else None
         sums,x = _WeightedSums.apply(x, w, ids, images.indices(len(x))[0])
         mass = w.sum(2)
         if not per_image: sums,mass = sums.sum(0),mass.sum(0)
@@ -226,7 +226,7 @@ def _sum_gradients(g, g_mass, prototypes, mass, eps):
     gm = -(gs*prototypes).sum(-1)
     return gs, gm if g_mass is None else gm+g_mass
 
-# %% ../nbs/02_ops/01_pooling.ipynb #201e0e73
+# %% ../nbs/02_ops/01_pooling.ipynb #139a9fb6
 def pool_bwd(
     g, g_mass,                             # Gradients of prototypes and mass; `g_mass` may be None
     x, labels, weights, prototypes, mass,  # What went in and what came out of `pool_fwd`
@@ -238,9 +238,8 @@ def pool_bwd(
     gs,gm = _sum_gradients(g, g_mass, prototypes, mass, eps)
     if not per_image: gs,gm = gs.expand(B, -1, -1),gm.expand(B, -1)
     f,need_m = x.flatten(2),need_masks or need_weights
-    ids = class_ids(f, labels, K, weights, ignore_index)
-    if ids is not None: return fit(row_sums_bwd(f, ids, gs, None), x) if need_x else x.new_empty(0), x.new_empty(0), x.new_empty(0)
-    m = class_weights(labels, K, weights, ignore_index, gs.dtype).flatten(2)
+    m = class_ids(f, labels, K, weights, ignore_index)
+    if m is None: m = class_weights(labels, K, weights, ignore_index, gs.dtype).flatten(2)
     dx,dm = weighted_sums_bwd(f, m, gs, None, 0, need_x, need_m)
     if need_m: dm = dm.add_(gm[...,None]).view(B, K, *x.shape[2:])
     m = class_weights(labels, K, None, ignore_index, gs.dtype) if need_weights else None
