@@ -10,7 +10,7 @@ Narrow (all channels fit one tile): a program runs over some tiles, reads each o
 for dq in registers; they are written once per program and added in a fixed order by a last kernel.
 Wide: the program of a tile walks it twice, the second time backwards, which the L2 cache serves; e is stored, a bounded
 piece at a time, for a kernel that owns BLOCK_C channels and adds up dq over a run of tiles.
-No atomics: two runs agree bit for bit. Any strides are read and written in place.
+No atomics: two runs on one machine agree bit for bit. Any strides are read and written in place.
 """
 import torch
 import triton
@@ -243,6 +243,30 @@ def logits_fwd(
 # ---------------------------------------------------------------------------------------------------------- nearest
 
 @triton.jit(do_not_specialize=VARY)
+def may_win_kernel(
+    p_q, p_v, p_open,
+    C, K,
+    s_qb, s_qk, s_qc, s_vb, s_vk,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """One program per prototype: it takes part if it is valid and repeats no earlier valid one."""
+    i_b, i_k = (tl.program_id(0) // K).to(tl.int64), tl.program_id(0) % K
+    o_c, o_k = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
+    p_qb = p_q + i_b*s_qb
+    p_own = p_qb + i_k.to(tl.int64)*s_qk
+    b_unlike = tl.zeros((BLOCK_K,), tl.int32)
+    for i_c in range(0, C, BLOCK_C):
+        b_q = _rows(p_qb, i_c, o_c, o_k, C, K, s_qc, s_qk)                                          # [BLOCK_C, BLOCK_K]
+        b_own = tl.load(p_own + (i_c + o_c).to(tl.int64)*s_qc, mask=o_c < C - i_c, other=0)
+        b_unlike += tl.sum((b_q != b_own[:, None]).to(tl.int32), 0)
+    p_vb = p_v if p_v is None else p_v + i_b*s_vb
+    m_k = _open(p_vb, o_k, K, s_vk)
+    b_again = tl.max((m_k & (o_k < i_k) & (b_unlike == 0)).to(tl.int32), 0)
+    b_valid = tl.max((m_k & (o_k == i_k)).to(tl.int32), 0)
+    tl.store(p_open + tl.program_id(0), (b_valid*(1 - b_again)).to(tl.uint8))
+
+
+@triton.jit(do_not_specialize=VARY)
 def nearest_fwd_kernel(
     p_x, p_q, p_v, p_label, p_score,
     C, K, N, W, T, eps,
@@ -279,19 +303,32 @@ def _map(t, name):
     return {f"p_{name}": t, f"s_{name}b": sb, f"s_{name}h": sh, f"s_{name}w": sw, f"FLAT_{name.upper()}": flat}
 
 
+def may_win(
+    q,       # (K,C) or (B,K,C)
+    valid,   # None, (K,) or (B,K) bool: classes that may win
+) -> torch.Tensor:  # (K,) or (B,K) bool: those without the ones that repeat an earlier one
+    """Equal prototypes share one candidate, so that no rounding of a product chooses between them."""
+    K, C = q.shape[-2:]
+    sets = max(t.shape[0] if t is not None and t.dim() == n else 1 for t, n in ((q, 3), (valid, 2)))
+    taken = torch.empty(sets, K, dtype=torch.bool, device=q.device)
+    BK = _padded(K)
+    common.launch(may_win_kernel, (sets*K,), p_q=q, p_open=taken.view(torch.uint8), C=C, K=K, s_qb=q.stride(0) if q.dim() == 3 else 0,
+                  s_qk=q.stride(-2), s_qc=q.stride(-1), **_valid(valid), BLOCK_C=max(16, min(_padded(C), 4096//BK)), BLOCK_K=BK)
+    return taken if sets > 1 else taken[0]
+
+
 def nearest(
     x,       # (B,C,h,w)
     q,       # (K,C) or (B,K,C)
     valid,   # None, (K,) or (B,K) bool: classes that may win
     metric,  # key of METRICS
 ) -> tuple:  # labels (B,h,w) int64, score (B,h,w) float32
-    """The closest prototype of each pixel and its logit; ties go to the lowest index."""
+    """The closest prototype of each pixel and its logit; of equal prototypes, and of equal scores, the lowest index wins."""
     B, _, h, w = x.shape
     label = torch.empty(B, h, w, dtype=torch.int64, device=x.device)
     score = torch.empty(B, h, w, dtype=torch.float32, device=x.device)
-    blocks = _blocks(x, q.shape[-2])
-    common.launch(nearest_fwd_kernel, (B*blocks["T"],), p_label=label, p_score=score, **_valid(valid),
-                  **_walk(x, q, metric, EPS), **blocks)
+    blocks, walk = _blocks(x, q.shape[-2]), _walk(x, q, metric, EPS)
+    common.launch(nearest_fwd_kernel, (B*blocks["T"],), p_label=label, p_score=score, **_valid(may_win(q, valid)), **walk, **blocks)
     return label, score
 
 

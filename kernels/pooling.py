@@ -3,7 +3,7 @@
 Forward: a program owns BLOCK_C channels and a run of pixel tiles. It reads each tile of features once, makes in
 registers how much the tile's pixels count for each class, and adds their product to its sums with tensor cores. The
 sums of all programs are written once; a second small kernel adds them in a fixed order and divides. No atomics: two
-runs agree bit for bit. Backward: a pure write for the features, one more read of them for soft masks and weights.
+runs on one machine agree bit for bit. Backward: a pure write for the features, one more read of them for soft masks and weights.
 Features are met where they are, along pixels (NCHW) or along channels (channels-last), crops too: a tile is
 BLOCK_C x BLOCK_N either way.
 """

@@ -9,7 +9,7 @@ __all__ = ['class_runs', 'contrast_fwd', 'contrast_bwd', 'prototype_contrast_ref
 import math
 import torch
 import torch.nn.functional as F
-from .pooling import TILE_BYTES, full_precision, wide
+from .pooling import TILE_BYTES, full_precision, long_product, sum_type, wide
 
 # %% ../nbs/02_ops/03_contrast.ipynb #6f853170
 def class_runs(
@@ -63,19 +63,19 @@ def _positive_blocks(mine, width):
 # %% ../nbs/02_ops/03_contrast.ipynb #2a5f95d1
 def _push(x, bank, logw, mine, temperature, width, need_v):
     "Log of the summed negatives (n,1) and their softmax-weighted mean (n,C)."
-    m,z,v = x.new_full((len(x), 1), -math.inf),x.new_zeros(len(x), 1),None
+    m,z,v = x.new_full((len(x), 1), -math.inf),x.new_zeros(len(x), 1, dtype=sum_type(x)),None
     for a,b,s in _negative_scores(x, bank, logw, mine, temperature, width):
         top = torch.maximum(m, s.amax(1, keepdim=True))
         shift = top.masked_fill(top == -math.inf, 0)  # nothing to shift by yet: -inf minus -inf would be nan
         e,old = s.sub_(shift).exp_(),(m-shift).exp_()
         z = z.mul_(old).add_(e.sum(1, keepdim=True))
-        if need_v: v = e @ bank[a:b] if v is None else v.mul_(old).addmm_(e, bank[a:b])
+        if need_v: v = long_product(e, bank[a:b]) if v is None else v.mul_(old).add_(long_product(e, bank[a:b]))
         m = top
-    return m+z.log(), v.div_(z.clamp(min=1)) if need_v else None  # the largest term is 1, so z is 0 or at least 1
+    return m+z.log().to(m.dtype), v.div_(z.clamp(min=1)) if need_v else None  # the largest term is 1, so z is 0 or at least 1
 
 def _pull(x, bank, logz, v, mine, temperature, width):
     "Loss (n,) and force (n,1) of each query; turns `v` into the gradient where there is one."
-    loss,rho,pulls = torch.zeros_like(logz),torch.zeros_like(logz),[]
+    loss,rho,pulls = *(torch.zeros_like(logz, dtype=sum_type(x)) for _ in range(2)),[]
     for i,j,a,b,n in _positive_blocks(mine, width):
         d = (x[i:j] @ bank[a:b].T).div_(temperature).sub_(logz[i:j])
         loss[i:j] -= F.logsigmoid(d).sum(1, keepdim=True)/n
@@ -84,8 +84,8 @@ def _pull(x, bank, logz, v, mine, temperature, width):
         pulls.append((i, j, a, b, force))
     if v is not None:
         v.mul_(rho/temperature)
-        for i,j,a,b,force in pulls: v[i:j].addmm_(force, bank[a:b], alpha=-1/temperature)
-    return loss[:,0], rho
+        for i,j,a,b,force in pulls: v[i:j] -= long_product(force, bank[a:b])/temperature
+    return loss[:,0].to(x.dtype), rho.to(x.dtype)
 
 # %% ../nbs/02_ops/03_contrast.ipynb #dc0122e0
 @torch.no_grad()
@@ -117,13 +117,13 @@ def contrast_fwd(
 def _push_keys(sums, x, up, bank, logw, logz, mine, temperature, width):
     "Add what a tile of queries pushes its negatives by."
     shift = logz.masked_fill(logz == -math.inf, 0)
-    for a,b,s in _negative_scores(x, bank, logw, mine, temperature, width): sums[a:b].addmm_(s.sub_(shift).exp_().T, x*up)
+    for a,b,s in _negative_scores(x, bank, logw, mine, temperature, width): sums[a:b] += long_product(s.sub_(shift).exp_().T, x*up)
 
 def _pull_keys(sums, x, up, bank, logz, mine, temperature, width):
     "Take away what a tile of queries pulls its positives by."
     for i,j,a,b,n in _positive_blocks(mine, width):
         force = (x[i:j] @ bank[a:b].T).div_(-temperature).add_(logz[i:j]).sigmoid_()
-        sums[a:b].addmm_(force.T, x[i:j]*up[i:j], alpha=-1/n)
+        sums[a:b] -= long_product(force.T, x[i:j]*up[i:j])/n
 
 # %% ../nbs/02_ops/03_contrast.ipynb #df0d8ddc
 @torch.no_grad()
@@ -141,7 +141,7 @@ def contrast_bwd(
     "Gradient of the keys, tile by tile, with the scores made again."
     qi,ki,runs = class_runs(y, t, ignore_index)
     bank,logw = _bank(k, ki, key_weights, wide(q.dtype))
-    sums,(rows,width) = torch.zeros_like(bank),_tile_shape(bank)
+    sums,(rows,width) = torch.zeros_like(bank, dtype=sum_type(bank)),_tile_shape(bank)
     for i,mine in _query_tiles(qi, runs, rows):
         x,up,(logz,rho) = q.index_select(0, i).to(bank.dtype),g[i,None].to(bank.dtype)/temperature,stats[i].split(1, 1)
         _push_keys(sums, x, rho*up, bank, logw, logz, mine, temperature, width)

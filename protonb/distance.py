@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'squared_norms', 'inverse_norm', 'compare', 'compare_bwd', 'logits_fwd', 'logits_bwd',
-           'prototype_logits_ref', 'first_largest', 'nearest', 'nearest_prototype_ref', 'cross_entropy_fwd',
+           'prototype_logits_ref', 'first_largest', 'may_win', 'nearest', 'nearest_prototype_ref', 'cross_entropy_fwd',
            'cross_entropy_bwd', 'bilinear_weights', 'upsampled_cross_entropy_fwd', 'upsampled_cross_entropy_bwd',
            'logits_cross_entropy_ref', 'prototype_cross_entropy_ref']
 
 # %% ../nbs/02_ops/02_distance.ipynb #05ac3336
 import torch
 import torch.nn.functional as F
-from .pooling import TILE_BYTES, fit, full_precision, grid_positions, tiles, wide
+from .pooling import TILE_BYTES, fit, full_precision, grid_positions, long_product, sum_type, tiles, wide
 
 # %% ../nbs/02_ops/02_distance.ipynb #b0b0fe7b
 def squared_norms(
@@ -110,8 +110,8 @@ def _tile_gradients(dz, z, t, sq, p, dq, dx, *how):
     "From the gradient of a tile's logits to those of the prototypes (added to `dq`) and of the features (written to `dx`)."
     dA,c,ck = compare_bwd(dz, z, sq, *how)
     if dq is not None:
-        dq.addmm_(dA, t.T)
-        if ck is not None: dq.addcmul_(ck[:,None], p)
+        dq += long_product(dA, t.T)
+        if ck is not None: dq += ck[:,None].to(dq.dtype)*p
     if dx is None: return
     d = torch.mm(p.T, dA, out=dx) if dx.dtype == dA.dtype else p.T@dA
     if c is not None: d.addcmul_(t, c)
@@ -127,7 +127,7 @@ def logits_bwd(
     f,g = x.flatten(2),g.flatten(2)
     p = _rows(q, len(x), wide(x.dtype), metric, eps)
     dx = torch.empty_like(f) if need_x else None
-    dq = p.new_zeros(p.shape) if need_q else None
+    dq = p.new_zeros(p.shape, dtype=sum_type(p)) if need_q else None
     for b,s,e in tiles(f):
         t = f[b,:,s:e].to(p.dtype)
         z,sq = compare(t, p[b], metric, scale, eps) if metric != 'dot' else (None, None)
@@ -171,6 +171,24 @@ def first_largest(
     rank = (z >= best.unsqueeze(-2)).view(torch.uint8).mul_(rank).amax(-2)
     return (K-rank.long()).clamp_(max=K-1), best  # nan equals nothing
 
+# %% ../nbs/02_ops/02_distance.ipynb #d15ce201
+def _equal_rows(q):
+    "(G,K,K) bool from (G,K,C): [g,k,j] where row k repeats the earlier row j."
+    if q.shape[1]*q.shape[1:].numel() > 1<<22: same = torch.stack([(q == q[:,k:k+1]).all(-1) for k in range(q.shape[1])], 1)
+    else: same = (q[:,:,None] == q[:,None]).all(-1)
+    return same.tril(-1)
+
+def may_win(
+    q,           # (K,C) or (B,K,C) prototypes
+    valid,       # (K,) or (B,K) bool, or None for all
+):               # As `valid`, or (1,K) or (B,K) bool: without those that repeat an earlier one
+    "Which prototypes take part: of equal ones the first valid one."
+    q,host = q if q.dim() == 3 else q[None], q.device.type == 'cpu'        # elsewhere a look at the values would be a wait
+    if host and not _equal_rows(q[...,:4]).any(): return valid             # four channels tell nearly all apart
+    first = torch.ones_like(q[...,0], dtype=torch.bool) if valid is None else valid.expand(len(q), -1) if valid.dim() == 1 else valid
+    again = (_equal_rows(q) & first[:,None]).any(-1)
+    return valid if host and not again.any() else first & ~again
+
 # %% ../nbs/02_ops/02_distance.ipynb #509e106b
 def _winners(t, q, valid, metric):
     "Index of the closest prototype of a tile's pixels, and its logit; t (G,C,n), q (G,K,C), valid (G,K) or None."
@@ -199,6 +217,7 @@ def nearest(
     f = x.flatten(2)
     B,C,N = f.shape
     p = _rows(q, B, wide(x.dtype), metric, 1e-12)
+    valid = may_win(q, valid)
     some = None if valid is None else valid.expand(B, -1)
     label,score = torch.empty(B, N, dtype=torch.int64, device=x.device),p.new_empty(B, N)
     for b,s,e in tiles(f):
@@ -216,7 +235,7 @@ def nearest_prototype_ref(
     metric:str='cosine',  # One of `METRICS`
     valid=None,           # (K,) or (B,K) bool: classes that may win; at least one per image
 )->tuple:                 # labels (B,h,w) int64, score (B,h,w): the winning logit
-    "The closest prototype of each pixel; ties go to the lowest index; no (B,K,h,w) is stored."
+    "The closest prototype of each pixel; of equal prototypes and of equal scores the lowest index wins, scores equal only on paper go by rounding; no (B,K,h,w) is stored."
     with full_precision(features): return nearest(features, prototypes, valid, metric)
 
 # %% ../nbs/02_ops/02_distance.ipynb #3daa8342
@@ -279,7 +298,7 @@ def cross_entropy_bwd(
     y,keep = _targets(labels, p.shape[1], valid, ignore_index)
     y,lse,share = y.flatten(1),lse.flatten(1),_each_share(g, keep, count, reduction).flatten(1)
     dx = torch.empty_like(f) if need_x else None
-    dq = p.new_zeros(p.shape) if need_q else None
+    dq = p.new_zeros(p.shape, dtype=sum_type(p)) if need_q else None
     for b,s,e in tiles(f, 2):
         t = f[b,:,s:e].to(p.dtype)
         z,sq = compare(t, p[b], metric, scale, 1e-12)
@@ -401,7 +420,7 @@ def _loss_and_gradient(z, labels, valid, ignore_index, reduction):
     "Loss of resized logits, 0-d, and its gradient like z, in one walk."
     (_,K,h,w),big = z.shape,z.to(wide(z.dtype))
     y,keep = _targets(labels, K, valid, ignore_index)
-    total,dz,dcols = big.new_zeros(()),torch.empty_like(z),None
+    total,dz,dcols = big.new_zeros((), dtype=sum_type(big)),torch.empty_like(z),None
     share = 1/keep.sum(dtype=big.dtype).clamp(min=1) if reduction == 'mean' else 1.
     for b,r,e,up,wy,rows in resized_bands(big, *y.shape[1:]):
         if r == 0: dcols = up.new_zeros(K, h, up.shape[2])
@@ -410,7 +429,7 @@ def _loss_and_gradient(z, labels, valid, ignore_index, reduction):
         d = up.exp_().scatter_add_(0, y[b:b+1,r:e], up.new_full((), -1).expand(1, *up.shape[1:]))
         collect_band(d.mul_(keep[b,r:e]), wy, rows, dcols)
         if e == y.shape[1]: dz[b] = narrow_band(dcols, w)*share
-    return total*share, dz
+    return (total*share).to(big.dtype), dz
 
 # %% ../nbs/02_ops/02_distance.ipynb #236def1b
 def logits_cross_entropy_ref(

@@ -170,7 +170,7 @@ def argmax_upsampled(
     logits,             # (K,h,w) float, any resolution; -inf for classes that cannot win
     size,               # (H,W) wanted
     tile_values=2**22,  # Largest number of enlarged logits in memory at once (4 bytes each)
-)->torch.Tensor:        # (H,W) int64, index of the largest logit; ties go to the lowest index
+)->torch.Tensor:        # (H,W) int64, index of the largest logit; of equal numbers the lowest index
     "Bilinear (align_corners=True) enlargement and argmax, a few rows at a time."
     H, W = size
     logits = logits.float().clamp(min=-1e30)   # a finite floor: 0 * -inf would be nan

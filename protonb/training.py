@@ -373,15 +373,29 @@ def _version(name):
     try: return version(name)
     except PackageNotFoundError: return 'not installed'
 
+def _processor():
+    "Name of the processor and the instructions that PyTorch uses of it."
+    info = Path('/proc/cpuinfo')
+    names = re.findall(r'(?m)^model name\s*: (.*)$', info.read_text()) if info.exists() else []
+    return f'{names[0].strip() if names else platform.processor() or platform.machine()} ({torch.backends.cpu.get_cpu_capability()})'
+
+def _blas():
+    "The library behind PyTorch's products, and what it was told about reproducible sums."
+    about = torch.__config__.show()
+    mkl,other = re.search(r'Math Kernel Library Version ([\w.]+)', about), re.search(r'BLAS_INFO=(\w+)', about)
+    told = os.environ.get('MKL_CBWR')
+    return (f'mkl {mkl[1]}' if mkl else other[1] if other else 'unknown') + (f' MKL_CBWR={told}' if told else '')
+
 def versions(
     acc:Accelerator,  # Of this run
 )->dict:              # name -> version
-    "What a result may depend on besides code and configuration."
+    "What a result may depend on besides code and configuration: versions, and the machine that adds the numbers."
     packages = {n: _version(n) for n in ('torch', 'numpy', 'accelerate', 'protonb')}
     return {'python': platform.python_version(), **packages,
             'device': torch.cuda.get_device_name(acc.device) if acc.device.type == 'cuda' else acc.device.type,
-            'threads': torch.get_num_threads()}
+            'processor': _processor(), 'blas': _blas(), 'threads': torch.get_num_threads()}
 
+# %% ../nbs/04_learning/02_training.ipynb #2cb2f19c
 def _check_config(path, stage, meta):
     "Refuse to go on under a configuration other than the one the stage was started with."
     try: known = {**json.loads(path.read_text())} if path.exists() else {}
@@ -392,8 +406,8 @@ def _check_config(path, stage, meta):
             raise InputError(f'{path.parent}: stage {stage} was started with other settings ({", ".join(differ)}); '
                              'restore them, or give another run folder')
         was, now = known[stage].get('versions', {}), meta['versions']
-        moved = [f'{k} {was.get(k)} -> {now[k]}' for k in now if was.get(k) != now[k]]
-        if moved: warnings.warn(f'{path.parent}: goes on, but perhaps not bit for bit: {", ".join(moved)}')
+        moved = [f'{k} {was[k]} -> {now[k]}' for k in now if k in was and was[k] != now[k]]     # older folders know less
+        if moved: warnings.warn(f'{path.parent}: goes on, but perhaps not bit for bit, as it was begun elsewhere: {", ".join(moved)}')
     return {**known, stage: meta}
 
 # %% ../nbs/04_learning/02_training.ipynb #cf71b523

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .ops import masked_average_pool, prototype_contrast, prototype_logits
-from .pooling import full_precision, one_hot_masks, weighted_sums_fwd, wide
+from .pooling import full_precision, long_product, one_hot_masks, weighted_sums_fwd, wide
 
 # %% ../nbs/04_learning/08_weighted_prototypes.ipynb #f82cbd6f
 def sure(
@@ -118,7 +118,7 @@ def point_anchors(
     with full_precision(features):
         points = _sample_points(features, b, y, x, H, W)
         mine = (ids == torch.arange(num_classes, device=ids.device)[:,None]).to(points.dtype)    # (K,n)
-        return _mean(mine @ points, mine.sum(1), reduce)
+        return _mean(long_product(mine, points).to(mine.dtype), mine.sum(1), reduce)
 
 # %% ../nbs/04_learning/08_weighted_prototypes.ipynb #890c68e6
 def _and_present(rows, found, present):

@@ -192,6 +192,20 @@ def test_half_computes_in_float32(dtype):
         close(u.float(), v, 2*torch.finfo(dtype).eps)
 
 
+def test_long_sums_stay_exact(tiles):
+    "Ten thousand equal keys, then queries, all pulling one way: loss and gradients within 2^-18 of float64."
+    if tiles: pytest.skip('ten thousand rows in tiles of five take minutes')
+    for N, M in ((3, 10_000), (10_000, 3)):
+        q, k = torch.linspace(.1, .2, 8).expand(N, 8), torch.linspace(.2, .1, 8).repeat(M, 1)
+        y, t = torch.zeros(N, dtype=torch.long), torch.ones(M, dtype=torch.long)
+        k[0], t[0] = -k[0], 0                                            # the one that pulls
+        def run(dtype):
+            a, b = (v.to(dtype).clone().requires_grad_() for v in (q, k))
+            loss = prototype_contrast_ref(a, y, b, t, temperature=1., reduction='sum')
+            return loss, *torch.autograd.grad(loss, (a, b))
+        for got, want in zip(run(torch.float32), run(torch.float64)): close(got.double(), want, 2**-18)
+
+
 @pytest.mark.parametrize('layout', ['transposed', 'crop', 'expanded'])
 def test_layouts(layout):
     def lay(x):
@@ -246,6 +260,7 @@ def test_weights_get_no_gradient_and_second_derivatives_are_refused():
 
 # ------------------------------------------------------------------------------------------------ memory
 
+@pytest.mark.own_blas
 def test_the_table_is_never_stored(tiles, monkeypatch):
     "Peak beyond the gradients stays far below one (N,M) table, which this batch needs 49 MB for."
     if tiles: pytest.skip('tiles of the real size')

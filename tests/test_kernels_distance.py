@@ -208,6 +208,19 @@ def test_ties_go_to_the_lowest_index():
     assert (label == 0).all() and (score == -torch.inf).all()
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_repeated_prototypes_share_one_candidate(metric):
+    """Who takes part is what the reference says, for any K, shared prototypes and own ones; the winner never repeats an earlier row."""
+    for K, C, own, each in ((7, 5, False, None), (19, 70, True, None), (19, 17, False, True), (40, 33, True, True), (150, 6, False, False)):
+        rows = rand(*((2,) if own else ()), 4, C, seed=3).float().to(DEVICE)
+        q = rows[..., torch.randint(4, (K,), generator=torch.Generator().manual_seed(K)).to(DEVICE), :]
+        v = None if each is None else (rand(*((2,) if each else ()), K, seed=4) > -.3).to(DEVICE)
+        taken = kernels.may_win(q, v)
+        assert torch.equal(taken.expand(2, K), plain.may_win(q, v).expand(2, K)) and (taken.sum(-1) <= 4).all()
+        label, _ = kernels.nearest(rand(2, C, 9, 11, seed=5).float().to(DEVICE), q, v, metric)
+        assert taken.expand(2, K).gather(1, label.flatten(1)).all()
+
+
 def test_ignoring_a_class_and_wild_labels():
     """ignore_index inside 0..K-1, negative ids, ids beyond 32 bits."""
     x, q, y, _ = make(**CASES["fp32-valid"])

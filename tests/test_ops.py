@@ -1,10 +1,11 @@
 "protonb.ops against the formulas written out, in every corner a training run gets into."
 import importlib.util
+import math
 from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from protonb import pooling
+from protonb import distance, pooling
 from protonb.distance import METRICS
 from protonb.ops import (logits_cross_entropy, masked_average_pool, nearest_prototype, pool_and_pass, prototype_contrast,
                          prototype_cross_entropy, prototype_logits, use_backend)
@@ -107,6 +108,7 @@ def test_query_without_a_pixel_adds_nothing():
     assert (features.grad[0] == 0).all() and (features.grad[1] != 0).any()
 
 
+@pytest.mark.own_blas
 def test_traversals_of_the_head(tile_bytes, monkeypatch):
     "At most two walks per image and direction; maps of 836 kB, tiles of 48 kB, a cache of 128 kB."
     if tile_bytes == 1: pytest.skip('sets its own tiles')
@@ -169,13 +171,32 @@ def test_pool_is_its_definition(B, C, h, w, K, layout):
     assert torch.equal(m.sum(0), masked_average_pool(x, y, K)[1])
 
 
-def test_long_sums_stay_exact(layout):
-    "A class of 100,000 pixels far from zero, against float64, where one chain of additions would be off by 1e-5; and the same to the last bit in every run."
-    x, y = layout(rand(1, 8, 300, 400, seed=3, dtype=torch.float32)+3), torch.zeros(1, 300, 400, dtype=torch.long)
-    y[0, :50] = 255
-    p, again = (masked_average_pool(x, y, 2)[0] for _ in range(2))
-    close(p[0].double(), x[:, :, 50:].double().mean((0, 2, 3)), 2**-18)
-    assert torch.equal(p, again)
+def long_map(kind, layout, h, C=8):
+    "Pixels far from zero, noise or every one the same; in 100,000 of them one chain of additions would be off by 1e-5 and more."
+    x = rand(1, C, h, 400, seed=3)+3 if kind == 'noise' else torch.linspace(1, 2, C, dtype=torch.float64).view(1, C, 1, 1).expand(1, C, h, 400)
+    return layout(x.float())
+
+
+@pytest.mark.parametrize('kind', ['noise', 'same'])
+def test_long_sums_stay_exact(kind, layout, tile_bytes):
+    "Pools of ids, soft masks and weights, and the gradient of prototypes: within 2^-18 of float64, and the same to the last bit in every run."
+    h = 250 if tile_bytes > 1 else 50                                              # tiny tiles are slow
+    x, y = long_map(kind, layout, h), torch.zeros(1, h, 400, dtype=torch.long)
+    y[0, :30] = 255
+    soft = torch.stack([(y == 0)*.3, (y == 0)*.7], 1)
+    for labels, weights in ((y, None), (y, torch.full((1, h, 400), .3)), (soft, None)):
+        p, again = (masked_average_pool(x, labels, 2, weights=weights)[0] for _ in range(2))
+        close(p[0].double(), x[:, :, 30:].double().mean((0, 2, 3)), 2**-18)
+        assert torch.equal(p, again)
+    for metric in ('dot', 'sqeuclidean'):
+        q = torch.full((3, 8), .01)
+        got, want = (grad_of_prototypes(x.to(t), q.to(t), y, metric) for t in (torch.float32, torch.float64))
+        close(got.double(), want, 2**-18)
+
+
+def grad_of_prototypes(x, q, y, metric):
+    q.requires_grad_()
+    return torch.autograd.grad(prototype_cross_entropy(x, q, y, metric=metric, reduction='sum'), q)[0]
 
 
 def test_pool_of_soft_masks():
@@ -353,12 +374,29 @@ def test_nearest_is_the_argmax(metric):
             assert torch.equal(label, zv.argmax(1))
 
 
-def test_ties_go_to_the_lowest_index():
-    x, p = rand(1, 5, 9, 9), rand(1, 5, seed=1).repeat(7, 1)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_ties_go_to_the_lowest_index(dtype, layout):
+    "Equal prototypes: whatever a product does to its last columns. Also where they begin alike, are one set per image, or many."
+    x, p = layout(rand(1, 5, 9, 9, dtype=dtype)), rand(1, 5, seed=1, dtype=dtype).repeat(7, 1)
     for metric in METRICS:
         assert (nearest_prototype(x, p, metric=metric)[0] == 0).all()
         valid = torch.tensor([False, False, True, True, False, True, True])
         assert (nearest_prototype(x, p, metric=metric, valid=valid)[0] == 2).all()
+        for K, C in ((11, 3), (19, 24), (300, 6)):
+            x2, four = layout(rand(2, C, 7, 11, seed=2, dtype=dtype)), rand(2, 4, C, seed=3, dtype=dtype)
+            four[:, 1, :-1], four[:, 2] = four[:, 0, :-1], 0                        # 1 differs from 0 in its last channel only; 2 is nothing
+            which = torch.randint(4, (K,), generator=torch.Generator().manual_seed(K))
+            first = (which[:, None] == which).int().argmax(1)                       # the first prototype that is the same
+            for q in (four[0, which], four[:, which]):
+                label = nearest_prototype(x2, q, metric=metric)[0]
+                assert torch.equal(first[label], label)
+
+
+def test_a_negative_zero_is_a_zero():
+    p = torch.tensor([[1., 0.], [1., -0.], [0., 0.], [-0., 0.]])
+    assert distance.may_win(p, None).tolist() == [[True, False, True, False]]
+    assert distance.may_win(p, torch.tensor([False, True, False, True])).tolist() == [False, True, False, True]
+    assert distance.may_win(torch.tensor([[math.nan], [math.nan]]), None) is None
 
 
 def test_unseen_class_does_not_win():
@@ -559,6 +597,7 @@ def head(x, y, Y):
     return prototype_cross_entropy(x, p, Y, scale=20., valid=mass > 0)
 
 
+@pytest.mark.own_blas
 @pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
 def test_compiles_in_one_graph(backend, tile_bytes):
     if tile_bytes == 1: pytest.skip('there are no tiles in compiled code')
@@ -568,6 +607,7 @@ def test_compiles_in_one_graph(backend, tile_bytes):
     close(torch.autograd.grad(got, x)[0], torch.autograd.grad(want, x)[0], 1e-4)
 
 
+@pytest.mark.own_blas
 def test_everything_compiles(tile_bytes):
     if tile_bytes == 1: pytest.skip('there are no tiles in compiled code')
     x, p, y = rand(2, 8, 9, 9, dtype=torch.float32, grad=True), rand(3, 8, dtype=torch.float32, seed=1), ids(2, 9, 9, classes=3)

@@ -1,5 +1,5 @@
 "The training loop: states as files, logs, configuration, faults, several processes. Restarts are in test_resume.py."
-import json, math, os, random, shutil, signal, subprocess, sys, textwrap, threading, warnings
+import json, math, os, random, re, shutil, signal, subprocess, sys, textwrap, threading, warnings
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -269,14 +269,23 @@ def test_config_and_checkpoint_say_what_was_run(tmp_path):
         assert told['effective_batch'] == 2 and told['batch'] == dict(batch_size=2, processes=1, accumulation=1)
         assert torch.__version__.startswith(told['versions']['torch'])
         assert {'python', 'numpy', 'protonb', 'accelerate'} < told['versions'].keys()
+        assert told['versions']['threads'] == torch.get_num_threads() and told['versions']['blas'] and '(' in told['versions']['processor']
     assert info['stage'] == 'train' and info['step'] == 12
 
-def test_other_versions_give_a_warning(tmp_path):
+def test_other_versions_or_another_machine_give_a_warning(tmp_path):
     go(tmp_path)
-    config = json.loads((tmp_path/'config.json').read_text())
-    config['train']['versions']['torch'] = '1.0'
-    (tmp_path/'config.json').write_text(json.dumps(config))
-    with pytest.warns(UserWarning, match='torch 1.0 ->'): go(tmp_path)
+    path, begun = tmp_path/'config.json', json.loads((tmp_path/'config.json').read_text())
+    for name, was in dict(torch='1.0', processor='Abacus (beads)', blas='fingers', threads=64).items():
+        config = json.loads(json.dumps(begun))
+        config['train']['versions'][name] = was
+        path.write_text(json.dumps(config))
+        with pytest.warns(UserWarning, match=re.escape(f'begun elsewhere: {name} {was} ->')): go(tmp_path)
+    for name in 'processor', 'blas': del config['train']['versions'][name]          # a folder of before they were noted
+    config['train']['versions']['threads'] = torch.get_num_threads()
+    path.write_text(json.dumps(config))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        go(tmp_path)
 
 # ---- logs
 

@@ -30,13 +30,22 @@ def unchanged(title, command, advice, *folders, ending):
         sys.exit(f"FAILED {title}: {advice}: {', '.join(changed)}")
 
 
-def run(title, command):
+def run(title, command, **env):
     print(f"--- {title}", flush=True)
     start = time.time()
-    code = subprocess.run([str(c) for c in command], cwd=ROOT, env=ENV).returncode
+    code = subprocess.run([str(c) for c in command], cwd=ROOT, env=ENV | env).returncode
     if code:
         sys.exit(f"FAILED {title} (exit code {code})")
     print(f"    {time.time() - start:.0f} s", flush=True)
+
+
+# How a processor's BLAS adds must not decide what is right: the operations again under other settings of it, and with one that keeps no order at all.
+# (MKL_CBWR is Intel's "conditional bitwise reproducibility"; a torch with another BLAS does not look at it.)
+OPERATIONS = [f"tests/test_{n}.py" for n in ("ops", "contrast", "weighted_prototypes")]
+METHODS = [f"tests/test_{n}.py" for n in ("dip", "iapc", "pbal", "proda", "pixda", "wdass")]
+SETTINGS = [("MKL_CBWR=COMPATIBLE", dict(MKL_CBWR="COMPATIBLE")), ("MKL_CBWR=AVX2", dict(MKL_CBWR="AVX2")),
+            ("4 threads", dict(OMP_NUM_THREADS="4", PROTONB_TEST_THREADS="4"))]
+WHOLE_RUNS = "killed or processes or stop or workers or band_version"  # compare with another process, or measure time
 
 
 def main():
@@ -47,7 +56,11 @@ def main():
     run("the book's rules", [sys.executable, "-m", "pytest", "-q", "tests/test_book.py"])
     run("kernels compile for sm_80, sm_90 and sm_100", [sys.executable, "tests/compile_kernels.py"])
     run("all notebooks", [BIN / "nbdev_test", "--n_workers", "2"])
-    run("pytest", [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", "--durations", "8", "tests"])
+    pytest = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal"]
+    run("pytest", [*pytest, "--durations", "8", "tests"])
+    for name, env in SETTINGS:
+        run(f"operations, {name}", [*pytest, "-m", "not slow", *OPERATIONS], **env)
+    run("operations and losses, a rough BLAS", [*pytest, "--rough-blas", "-k", f"not ({WHOLE_RUNS})", *OPERATIONS, *METHODS])
 
 
 if __name__ == "__main__":

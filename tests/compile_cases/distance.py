@@ -45,3 +45,5 @@ def cases():
     yield "130 bfloat16 sqeuclidean own", lambda: _logits(_x(BF16, C=130), _q(_x(BF16, C=130), 19, own=True, dtype=BF16), "sqeuclidean")
     yield "3 float32 dot crop", lambda: _logits(_x(F32, C=3)[..., 1:, 2:], _q(_x(F32, C=3), 2), "dot")
     yield "nearest bfloat16", lambda: D.nearest(_x(BF16), _q(_x(BF16), 19), None, "cosine")
+    each = torch.empty(2, 150, dtype=torch.bool, device="meta")
+    yield "nearest float32 own, valid, K150", lambda: D.nearest(_x(F32, C=130), _q(_x(F32, C=130), 150, own=True), each, "euclidean")
