@@ -305,7 +305,7 @@ def nearest_prototype(
     metric:str='cosine',  # As in `prototype_logits`
     valid=None,           # (K,) or (B,K) bool: classes that may win; at least one per image
 )->tuple:                 # labels (B,h,w) int64, score (B,h,w): the winning logit
-    "The closest prototype of each pixel; of equal prototypes and of equal scores the lowest index wins, scores equal only on paper go by rounding; no gradient."
+    "The closest prototype of each pixel, no gradient; the lowest of equal prototypes wins, scores equal on paper only go by rounding."
     _want_map(features)
     K = _want_prototypes(prototypes, features)
     _want_one_of(metric, 'metric', METRICS)
