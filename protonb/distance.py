@@ -235,7 +235,7 @@ def nearest_prototype_ref(
     metric:str='cosine',  # One of `METRICS`
     valid=None,           # (K,) or (B,K) bool: classes that may win; at least one per image
 )->tuple:                 # labels (B,h,w) int64, score (B,h,w): the winning logit
-    "The closest prototype of each pixel, no (B,K,h,w) stored; the lowest of equal prototypes wins, scores equal on paper only go by rounding."
+    "The closest prototype of each pixel, no logits stored; the lowest of equal prototypes wins, scores equal on paper go by rounding."
     with full_precision(features): return nearest(features, prototypes, valid, metric)
 
 # %% ../nbs/02_ops/02_distance.ipynb #3daa8342
