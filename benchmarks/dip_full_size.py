@@ -22,12 +22,13 @@ def train():
     import torch
     from protonb import dip
     from protonb.dip_net import dip_resnet101, freeze
+    from protonb.optimization import make_optimizer, parameter_groups, polynomial, schedule
     from protonb.sampling import batches
-    from protonb.source_only import optimizer_for
     cfg = dip.DIP()
     source, target = scenes(1052, 1914)
     net = freeze(dip_resnet101(), cfg.freeze).train().to(memory_format=torch.channels_last)
-    opt, sched = optimizer_for(net, cfg, steps=100)
+    opt = make_optimizer("sgd", parameter_groups(net, cfg.lr, weight_decay=cfg.weight_decay), cfg.lr)
+    sched = schedule(opt, polynomial(100, cfg.power, ahead=1))
     before = {k: v.clone() for k, v in net.state_dict().items() if k in ("layer2.0.conv1.weight", "projector.6.weight")}
     batch = next(iter(batches(dip.episodes(source, target, cfg), steps=1)))
     start = time.time()
@@ -41,15 +42,15 @@ def train():
 def predict():
     """One frame of 1024x2048 through network, prototypes, upsampling and argmax."""
     import torch
-    from protonb import dip
     from protonb.dip_net import dip_resnet101
     from protonb.evaluation import label_map
+    from protonb.feeding import segmenter
     from protonb.prototypes import Prototypes
     _, target = scenes(1024, 2048, 1)
     torch.manual_seed(0)
     net = dip_resnet101().to(memory_format=torch.channels_last)
     prototypes = Prototypes(torch.randn(19, 1024), torch.ones(19, dtype=torch.int64), target.space.classes, {})
-    segment = dip.segmenter(net, prototypes)
+    segment = segmenter(net, prototypes=prototypes)
     image = target[0][0]
     start = time.time()
     labels = label_map(segment, image)

@@ -3,7 +3,7 @@
     python benchmarks/streets.py [--seeds 0 1 2] [--out runs/streets] [--only start source_only oracle iapc pbal views wdass pixda]
 
 Each seed trains a start on source scenes. From there everything gets the same number of steps a stage: more source scenes, labelled target scenes (the oracle), and each stage of each
-method. Finished stages are kept, stopped ones go on. Rows of streets.csv are written as stages end, with the command that made them; the table over seeds is printed.
+method, with the settings of its fitted recipe. Finished stages are kept, stopped ones go on. Rows of streets.csv are written as stages end, with the command that made them; the table over seeds is printed.
 """
 import argparse
 import copy
@@ -15,19 +15,19 @@ from pathlib import Path
 
 import torch
 
-from protonb import iapc, pbal, pixda, source_only, wdass
+from protonb import methods
 from protonb.core import atomic_path
 from protonb.datasets import take
 from protonb.deeplab import pbal_small
 from protonb.evaluation import evaluate
+from protonb.feeding import segmenter
 from protonb.few_shot import draw_shots
 from protonb.labels import CITYSCAPES
-from protonb.proda import Distill, distill_round
-from protonb.runs import space_to_dict
-from protonb.self_training import WeakView, refresh_statistics
+from protonb.recipes import Situation
+from protonb.runs import METHODS, space_to_dict
 from protonb.streets import REAL, SYNTHETIC, Streets
+from protonb.teachers import adapt_statistics
 from protonb.training import Train, seed_everything
-from protonb.transforms import Augment
 from protonb.weak_labels import WeakLabels
 
 RESULTS = Path(__file__).resolve().parent/'streets.csv'
@@ -39,24 +39,12 @@ H, W = 97, 193
 BATCH, START, STEPS = 4, 1200, 400
 LONG = {'start': START, 'adabn': START, 'views of pbal': 5*STEPS}
 ABOUT = dict(net='pbal_small', space=space_to_dict(CITYSCAPES))
-CROP = Augment(crop_height=H, crop_width=W)
+TITLES = dict(warm_up='pbal warm-up', bpl='pbal BPL', pst='pbal PST', distill_1='pbal distillation 1', distill_2='pbal distillation 2')
 
-# The released numbers belong to an ImageNet start, crops of half a million pixels and tens of thousands of steps. What is changed for a network of half a million weights that sees
-# 400 batches of small scenes, once and for all seeds: learning rates, their schedule's length, the time constants of averages, and window sizes.
-VIEW = iapc.IAPCView(base_height=102, base_width=202, crop_height=81, crop_width=161, more_than=8, refresh_height=H, refresh_width=W)
-IAPC = iapc.IAPC(lr=.0005, head_factor=1., warm=20, length=STEPS+STEPS//10, ema=.99, entropy=.1, adapt_bn=64, rare_pixels=81*161//32, scales=(1., 1.25, .75), test_height=None, view=VIEW)
-WEAK = WeakView(base_width=200, low=.8, high=1.3, crop_height=80, crop_width=160)
-PBAL = dict(lr=.1, head_factor=1., max_iter=STEPS+STEPS//10, view=WEAK)
-ADVERSARY = dict(disc_width=16)
-# A mean over pixels times classes is a nineteenth of a mean over pixels.
-DISTILL = Distill(lr=.1, head_factor=1., length=STEPS+STEPS//10, kd=19., mean_std=True, weak=WEAK)
 
-# Weak labels: windows that fit a small scene, a teacher that forgets within the run, and confidences that it reaches.
-WINDOW = wdass.WDASSView(0, 0, 0, 0, low=.8, high=1.3, crop_height=80, crop_width=160, jitter=.1)
-WDASS = wdass.WDASS(warm=50, alpha=.99, edge=1., lr=.03, head_factor=1., rampup=20, length=STEPS+STEPS//10, view=WINDOW,
-                    contrast=wdass.Contrasts(sure=.8, easy=.8), mix=wdass.Mix(threshold=.8, mask_rows=(0, 0)))
-# The distillation is a part of the same budget. The discriminator of images soon knows small scenes: the selection is gentler.
-PIXDA = pixda.PixDA(lr=.02, threshold=.3, threshold_step=.05, head_factor=1., repeats='one', length=2*STEPS, disc_width=16, bn_group=None, kd_steps=STEPS//4, view=pixda.PixDAView(H, W))
+def settings(name):
+    "The fitted recipe: a network of half a million weights that sees 400 batches of small scenes, going on from a trained start."
+    return METHODS[name].fitted(Situation(STEPS, BATCH, H, W, 19, 200, 'trained', tiny=True))
 
 
 class Bench:
@@ -70,72 +58,62 @@ class Bench:
         seed_everything(self.seed, 'init')
         return pbal_small()
 
-    def labelled(self, name, images, net, steps=STEPS):
+    def train(self, method, folder, net, cfg, source=None, target=None, steps=STEPS, until=''):
+        "A method from `net` on; stages go on from each other."
+        run = self.run(steps)
+        job = methods.Job(METHODS[method], cfg, run, self.home/folder, net, source, target, lambda: copy.deepcopy(net), ABOUT, begin='before')
+        return methods.train(job, until)['net']
+
+    def labelled(self, folder, images, net, steps=STEPS):
         "Training on labelled images of either domain."
-        cfg = source_only.SourceOnly(lr=.1 if name == 'start' else .03, augment=CROP)
-        source_only.train(images, net, cfg, self.run(steps), run_dir=self.home/name, config=ABOUT)
-        return net
+        cfg = settings('source-only')
+        return self.train('source-only', folder, net, replace(cfg, lr=.1) if folder == 'start' else cfg, images, steps=steps)
 
     def start(self):
         "The common start; trained once."
-        net = self.labelled('start', self.data['source'], self.fresh(), START)
-        return net.requires_grad_(True)
+        return self.labelled('start', self.data['source'], self.fresh(), START).requires_grad_(True)
 
     def stages(self, name):
         "Title -> network, one after the other."
-        net = self.start()
+        net, data = self.start(), self.data
         if name == 'start': yield 'start', net
-        elif name == 'source_only': yield name, self.labelled(name, self.data['source'], net)
-        elif name == 'oracle': yield name, self.labelled(name, self.data['target'], net)
-        elif name == 'adabn': yield name, refresh_statistics(net, self.data['target'])
-        elif name == 'iapc': yield name, self.iapc(net)
-        elif name == 'pbal': yield from self.pbal(net)
+        elif name == 'source_only': yield name, self.labelled(name, data['source'], net)
+        elif name == 'oracle': yield name, self.labelled(name, data['target'], net)
+        elif name == 'adabn': yield name, adapt_statistics(net, data['target'])
+        elif name == 'iapc': yield name, self.train('iapc', 'iapc', net, settings('iapc'), target=data['target'])
+        elif name == 'pbal': yield from self.pbal()
         elif name == 'views': yield 'views of pbal', self.views(net)
         elif name == 'wdass': yield from self.wdass(net)
         elif name in ('fine_tuning', 'pixda'): yield from self.few(name, net)
 
-    def iapc(self, net):
-        run_dir = self.home/'iapc'
-        labels = iapc.pseudo_labels(self.data['target'], net, IAPC, run_dir=run_dir)
-        return iapc.train(labels, net, IAPC, self.run(), run_dir=run_dir, config=ABOUT)['net']
-
-    def pbal(self, net):
-        "Each student goes on from its teacher's weights: the released ones start from ImageNet and see 60,000 batches, here 400 would have to teach again what the stages before have."
-        s, t, how = self.data['source'], self.data['target'], dict(run_dir=self.home/'pbal', config=ABOUT)
-        pbal.warm_up(s, t, net, pbal.WarmUp(**PBAL, **ADVERSARY), self.run(), **how)
-        yield 'pbal warm-up', net
-        pbal.bpl(s, t, net, pbal.BPL(**PBAL, **ADVERSARY), self.run(), **how)
-        yield 'pbal BPL', net
-        cfg = pbal.PST(**PBAL, flip=True)
-        pbal.pst(s, pbal.make_pseudo(t, net, cfg, self.run(), run_dir=how['run_dir']), net, cfg, self.run(), **how)
-        yield 'pbal PST', net
-        for i in (1, 2):
-            distill_round(s, t, net, copy.deepcopy(net), DISTILL, self.run(), stage=f'distill_{i}', **how)
-            yield f'pbal distillation {i}', net
-        yield 'pbal distillation 2, AdaBN', refresh_statistics(copy.deepcopy(net), t)
+    def pbal(self):
+        "Stage by stage; what is finished is not trained again."
+        for stage, _ in METHODS['pbal'].stages:
+            net = self.train('pbal', 'pbal', self.start(), settings('pbal'), self.data['source'], self.data['target'], until=stage)
+            yield TITLES[stage], net
+        yield 'pbal distillation 2, AdaBN', adapt_statistics(copy.deepcopy(net), self.data['target'])
 
     def views(self, net):
         "What PBAL's windows and colours are worth alone: as many steps as all its stages, no adversary, no prototypes, no pseudo labels; the target passes through the batch norms only."
-        cfg = pbal.WarmUp(**PBAL | dict(max_iter=5*PBAL['max_iter']), **ADVERSARY | dict(adversarial=0.))
-        pbal.warm_up(self.data['source'], self.data['target'], net, cfg, self.run(LONG['views of pbal']), run_dir=self.home/'views', config=ABOUT)
-        return net
+        cfg = settings('pbal')
+        cfg = replace(cfg, warm_up=replace(cfg.warm_up, adversarial=0., max_iter=5*cfg.warm_up.max_iter))
+        return self.train('pbal', 'views', net, cfg, self.data['source'], self.data['target'], LONG['views of pbal'], 'warm_up')
 
     def wdass(self, first):
         for kind in KINDS:
-            net = copy.deepcopy(first)
             target = WeakLabels(self.data['target'], kind, seed=self.seed, least=20)
-            wdass.train(self.data['source'], target, net, replace(WDASS, labels=kind), self.run(), run_dir=self.home/f'wdass_{kind}', config=ABOUT)
+            net = self.train('wdass', f'wdass_{kind}', copy.deepcopy(first), replace(settings('wdass'), labels=kind), self.data['source'], target)
             yield f'wdass {kind}', net
-            yield f'wdass {kind}, AdaBN', refresh_statistics(copy.deepcopy(net), self.data['target'])
+            yield f'wdass {kind}, AdaBN', adapt_statistics(copy.deepcopy(net), self.data['target'])
 
     def few(self, name, first):
-        "The labelled target images are drawn as if the scenes came from so many cities."
-        names = list(self.data['target'].names)
+        "The labelled target images are drawn as if the scenes came from so many cities; the distillation is a part of the same budget."
+        names, cfg = list(self.data['target'].names), settings('pixda')
         for k in SHOTS:
             net, title = copy.deepcopy(first), f'{name} {k}-shot'
             images = take(self.data['target'], draw_shots(names, k, self.seed, group=lambda n: names.index(n) % CITIES))
-            if name == 'fine_tuning': self.labelled(f'fine_tuning_{k}', images, net)
-            else: pixda.train(self.data['source'], images, net, PIXDA, self.run(STEPS-PIXDA.kd_steps), run_dir=self.home/f'pixda_{k}', config=ABOUT)
+            if name == 'fine_tuning': net = self.labelled(f'fine_tuning_{k}', images, net)
+            else: net = self.train('pixda', f'pixda_{k}', net, cfg, self.data['source'], images, STEPS-cfg.kd_steps)
             yield title, net
 
 
@@ -172,7 +150,7 @@ def main():
     for seed in args.seeds:
         for name in args.only:
             for title, net in Bench(args.out, seed, data).stages(name):
-                score = 100*evaluate(source_only.segmenter(net), data['val'], progress=False).miou
+                score = 100*evaluate(segmenter(net), data['val'], progress=False).miou
                 net.train()
                 print(f'seed {seed}, {title}: {score:.1f}', flush=True)
                 rows.append(dict(stage=title, seed=seed, network=ABOUT['net'], steps=LONG.get(title, STEPS), batch=BATCH, miou=f'{score:.2f}', torch=torch.__version__,

@@ -23,6 +23,7 @@ NO_HOLES = dict(MALLOC_MMAP_THRESHOLD_=str(2**20), MALLOC_TRIM_THRESHOLD_='0')  
 def inputs(quick):
     "Networks, optimiser and a batch of coarse labels, past the warm-up: every loss counts."
     import torch
+    from dataclasses import replace
     from protonb import wdass
     from protonb.deeplabv2 import wdass_resnet101, wdass_small
     from protonb.sampling import batches
@@ -31,34 +32,38 @@ def inputs(quick):
     from protonb.weak_labels import WeakLabels
     from protonb.weighted_prototypes import PrototypeMemory
     size = 128 if quick else 512
-    view = wdass.WDASSView(0, 0, 0, 0, low=1., high=1., crop_height=size, crop_width=size)
-    cfg = wdass.WDASS(labels='coarse', warm=-1, view=view)
+    cfg = wdass.WDASS(labels='coarse', warm=-1, source_height=0, source_width=0)
+    cfg = replace(cfg, window=replace(cfg.window, base_height=0, base_width=0, low=1., high=1., crop_height=size, crop_width=size))
     source, target = (Streets(d, 2, size=(size, 2*size)) for d in (SYNTHETIC, REAL))
     seed_everything(0, 'init')
     net = (wdass_small if quick else wdass_resnet101)().train().to(memory_format=torch.channels_last)
     teacher = wdass.slow_copy(net, cfg).to(memory_format=torch.channels_last)
-    opt, sched = wdass.optimizer_for(net, cfg)
-    batch = next(iter(batches(wdass.domain_pairs(source, WeakLabels(target, 'coarse'), cfg), steps=1)))
+    opt, sched = wdass.sgd_and_schedule(net, cfg)
+    batch = next(iter(batches(wdass.weak_pairs(source, WeakLabels(target, 'coarse'), cfg), steps=1)))
     return (net, teacher, PrototypeMemory(net.num_classes, net.channels), opt, sched, batch, cfg)
 
 
 def at_once(student, teacher, memory, opt, sched, batch, cfg):
     "The same step with all three graphs kept until one backward pass."
+    import torch
     from protonb import wdass
+    from protonb.core import rng_for
     source, (x, weak, tags), n = batch['source'], batch['target'], sched.last_epoch
-    rng, generator = wdass.draws(0, n, x.device)
+    rng = rng_for(0, 'wdass', n)
+    generator = torch.Generator(x.device).manual_seed(int(rng.integers(2**62)))
     if n: wdass.update_average(teacher, student, cfg.alpha, statistics=True)
-    said = wdass.teacher_view(teacher, x, weak, cfg)
-    wdass.remember(memory, 'target', said.features, weak, said.cells, cfg)
+    predictions = wdass.teacher_predictions(teacher, x, weak, cfg)
+    wdass.update_memory(memory, 'target', predictions.features, weak, predictions.cells, cfg)
     opt.zero_grad(set_to_none=True)
     terms = [wdass.target_terms(student, memory, x, weak, tags, cfg, False, generator),
-             wdass.source_terms(student, memory, source, weak, said, cfg, False, generator),
-             wdass.mixed_terms(student, wdass.mixed_batch(source, x, said, cfg, rng, generator))]
-    losses = {k: v for t, _ in terms for k, v in t.items()}
-    sum(wdass.weights(cfg)[k]*v for k, v in losses.items()).backward()
+             wdass.source_terms(student, memory, source, weak, predictions, cfg, False, generator),
+             wdass.mixed_terms(student, wdass.mixed_batch(source, x, predictions, cfg, rng, generator))]
+    parts = []
+    for t in terms: wdass.add_gradients(t, cfg, parts.append)
+    sum(parts).backward()
     opt.step()
     sched.step()
-    return losses
+    return {k: v for t, _ in terms for k, v in t.items()}
 
 
 def resident():

@@ -101,7 +101,8 @@ def test_every_method_of_streets_starts_from_the_common_start(tmp_path, monkeypa
     from protonb.streets import REAL, SYNTHETIC, Streets
     from protonb.training import Train
     monkeypatch.setattr(streets, 'START', 1)
-    monkeypatch.setattr(streets, 'PIXDA', replace(streets.PIXDA, kd_steps=1))
+    real = streets.settings
+    monkeypatch.setattr(streets, 'settings', lambda name: replace(real(name), kd_steps=1) if name == 'pixda' else real(name))
     monkeypatch.setattr(streets.Bench, 'run', lambda self, steps=1: Train(steps=1, batch_size=2, seed=self.seed, device='cpu'))
     size = (streets.H, streets.W)
     data = dict(source=Streets(SYNTHETIC, 4, size=size), target=Streets(REAL, 5*streets.CITIES, size=size, seed=1))

@@ -227,9 +227,9 @@ def source_free(start, root, out, *more):
 
 def pbal(root, out, *more):
     sizes = []
-    for name in ("warm-up.view", "bpl.view", "pst.view", "distill.weak"):
-        sizes += [f"--hyper.{name}.base-width", "97", f"--hyper.{name}.low", "1.0", f"--hyper.{name}.crop-height", "64",
-                  f"--hyper.{name}.crop-width", "96"]
+    for name in ("warm-up", "bpl", "pst", "distill"):
+        sizes += [f"--hyper.{name}.window.base-width", "97", f"--hyper.{name}.window.low", "1.0", f"--hyper.{name}.window.crop-height", "64",
+                  f"--hyper.{name}.window.crop-width", "96"]
     return ["train", "pbal", "--source", f"camvid:{root}", "--target", f"camvid:{root}", "--out", out, "--net", "pbal_small",
             "--steps", "1", "--batch-size", "2", "--device", "cpu", *sizes, *more]
 
@@ -269,7 +269,7 @@ TWO_DOMAINS = ["--source", "streets:synthetic,count=4,size=64x128", "--batch-siz
 
 
 def weakly(target, out, *more):
-    as_they_are = [word for side in ("source-height", "source-width", "target-height", "target-width") for word in (f"--{side}", "0")]
+    as_they_are = [word for side in ("source-height", "source-width", "base-height", "base-width") for word in (f"--{side}", "0")]
     return ["train", "wdass", *TWO_DOMAINS, "--target", target, "--out", str(out), "--net", "wdass_small", "--warm", "0", *as_they_are,
             "--crop-height", "64", "--crop-width", "128", *more]
 
@@ -289,7 +289,7 @@ def test_weak_labels_from_the_shell(tmp_path, capsys):
 
 def few(out, *more):
     return ["train", "pixda", *TWO_DOMAINS, "--target", "streets:real,count=4,size=64x128", "--out", str(out), "--net", "pixda_small",
-            "--steps", "2", "--kd-steps", "1", "--disc-width", "8", "--height", "64", "--width", "128", *more]
+            "--steps", "2", "--kd-steps", "1", "--disc-width", "8", "--base-height", "64", "--base-width", "128", *more]
 
 
 def test_few_labelled_images_from_the_shell(tmp_path, capsys):

@@ -15,7 +15,7 @@ from protonb.dip_net import freeze, set_train, under
 from protonb.discriminators import pbal_discriminator, pixda_image_discriminator, pixda_pixel_discriminator
 from protonb.mobilenet import MobileNetV2
 from protonb.resnet import to_torchvision_keys
-from protonb.self_training import RepeatedSGD, head_groups
+from protonb.optimization import make_optimizer, parameter_groups
 from protonb.source_only import upsampled_cross_entropy
 from protonb.transforms import normalize
 from protonb.weights import load_backbone, load_into, load_weights, save_weights
@@ -150,7 +150,7 @@ def test_layer5_of_pixda_is_never_computed_nor_trained():
     net,calls = seeded(pixda_small),[]
     for conv in net.layer5.conv2d_list: conv.register_forward_hook(lambda *_: calls.append(1))
     before = copy.deepcopy(net.state_dict())
-    opt = RepeatedSGD(head_groups(net, .01, 10, released_repeats(net)), .01, weight_decay=5e-4)
+    opt = make_optimizer('sgd', parameter_groups(net, .01, 10, weight_decay=5e-4, repeats=released_repeats(net)), .01)
     for _ in range(2):
         upsampled_cross_entropy(net(torch.randn(2, 3, 64, 96), features=True)[0], torch.ones(2, 64, 96, dtype=torch.long)).backward()
         opt.step()

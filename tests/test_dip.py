@@ -10,13 +10,15 @@ import torch.nn.functional as F
 from protonb import dip
 from protonb.core import InputError, rng_for
 from protonb.datasets import take
-from protonb.dip_net import dip_small, freeze, set_train
+from protonb.dip_net import dip_small
 from protonb.evaluation import Scores, confusion_matrix, label_map
+from protonb.feeding import Feed, segmenter
 from protonb.labels import CITYSCAPES, GTA5_IDS, SYNTHIA_IDS, label_table, map_ids
 from protonb.prototypes import class_prototypes, greedy_support, image_prototypes
 from protonb.sampling import batches
-from protonb.source_only import optimizer_for, upsampled_cross_entropy
+from protonb.source_only import upsampled_cross_entropy
 from protonb.streets import REAL, SYNTHETIC, Streets
+from protonb.training import Train
 from protonb.transforms import Augment
 
 CROP = Augment(crop_height=65, crop_width=129)
@@ -51,6 +53,16 @@ def stripes(*classes, size=(65, 129)):
     """Vertical stripes of the given train ids."""
     ids = torch.tensor(classes)
     return ids[torch.arange(size[1]) * len(ids) // size[1]].expand(size).clone()
+
+
+@pytest.fixture
+def prepared(monkeypatch, source, target):
+    """What `dip.train` hands to the loop for a network: optimizer and schedule."""
+    def parts(net, cfg, steps):
+        monkeypatch.setattr(dip, "fit", lambda step, feed, parts, run, **kw: parts)
+        made = dip.train(source, target, net, replace(cfg, augment=CROP), Train(steps=steps, device="cpu"), run_dir="unused")
+        return made["opt"], made["sched"]
+    return parts
 
 
 # ------------------------------------------------------------------------------------------------------------- episodes
@@ -164,8 +176,8 @@ def test_all_pixels_ignored_is_a_loss_of_zero():
     assert upsampled_cross_entropy(torch.randn(1, 3, 2, 2), torch.full((1, 9, 9), 255)) == 0
 
 
-def test_learning_rate_of_every_group_runs_from_almost_0_01_to_0():
-    opt, sched = optimizer_for(dip_small(), dip.DIP(), steps=50)
+def test_learning_rate_of_every_group_runs_from_almost_0_01_to_0(prepared):
+    opt, sched = prepared(dip_small(), dip.DIP(), steps=50)
     rates = []
     for _ in range(50):
         rates.append({g["lr"] for g in opt.param_groups})
@@ -180,9 +192,9 @@ def test_learning_rate_of_every_group_runs_from_almost_0_01_to_0():
 
 
 @pytest.mark.parametrize("freeze_bn", [False, True])
-def test_frozen_parts_keep_their_weights_and_their_batch_norm_follows_the_data_unless_told(source, target, freeze_bn):
-    net = set_train(freeze(dip_small(), ("layer0", "layer1")), ("layer0", "layer1") if freeze_bn else False)
-    opt, sched = optimizer_for(net, CFG, steps=5)
+def test_frozen_parts_keep_their_weights_and_their_batch_norm_follows_the_data_unless_told(source, target, freeze_bn, prepared):
+    net = dip_small()
+    opt, sched = prepared(net, replace(CFG, freeze=("layer0", "layer1"), freeze_bn=freeze_bn), steps=5)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     batch = next(iter(batches(dip.episodes(source, target, CFG), steps=1, batch_size=1)))
     dip.step(net, opt, sched, batch, CFG)
@@ -194,10 +206,10 @@ def test_frozen_parts_keep_their_weights_and_their_batch_norm_follows_the_data_u
     assert all((k in same) == freeze_bn for k in means)
 
 
-def test_step_learns_and_reports_both_terms(source, target):
+def test_step_learns_and_reports_both_terms(source, target, prepared):
     torch.manual_seed(0)
     net = dip_small()
-    opt, sched = optimizer_for(net, replace(CFG, lr=.05), steps=30)
+    opt, sched = prepared(net, replace(CFG, lr=.05), steps=30)
     logs = [dip.step(net, opt, sched, b, CFG) for b in batches(dip.episodes(source, target, CFG), steps=12, batch_size=2)]
     for log in logs:
         assert log["loss"] == pytest.approx((log["query"] + .2 * log["support"]).item(), rel=1e-5)
@@ -227,7 +239,7 @@ def test_a_missing_class_is_left_out_with_a_warning_and_never_predicted():
     with pytest.warns(UserWarning, match="train"):
         p = class_prototypes(net, Pairs([stripes(0, 10, 13)]), k=5)
     assert p.matrix.isfinite().all() and p.valid.sum() == 3 and not p.matrix[16].any()
-    seen = label_map(dip.segmenter(net, p), torch.randint(0, 255, (3, 70, 131), dtype=torch.uint8))
+    seen = label_map(segmenter(net, Feed(scale=20.), p), torch.randint(0, 255, (3, 70, 131), dtype=torch.uint8))
     assert set(seen.unique().tolist()) <= {0, 10, 13}
 
 

@@ -13,15 +13,20 @@ import torch
 import torch.nn.functional as F
 
 from protonb import iapc
+from protonb.colour import policy_augment
 from protonb.core import InputError, rng_for
 from protonb.deeplab import iapc_resnet101, iapc_small, released_repeats
 from protonb.labels import CITYSCAPES, IGNORE
-from protonb.self_training import RepeatedSGD
+from protonb.ops import prototype_logits
+from protonb.optimization import RepeatedSGD
+from protonb.pixel_losses import TERMS
 from protonb.streets import REAL, Streets
+from protonb.streams import three_viewed
 from protonb.training import Train, accelerator_for, latest_checkpoint, load_checkpoint, read_metrics, read_states
+from protonb.windows import IAPC_REFRESH_WINDOW, IAPC_WINDOW, three_views
 
-VIEW = iapc.IAPCView(base_height=72, base_width=144, crop_height=49, crop_width=97, more_than=6, refresh_height=64, refresh_width=128)
-CFG = iapc.IAPC(lr=1e-3, warm=4, rare_pixels=100, scales=(1.,), view=VIEW)
+VIEW = replace(IAPC_WINDOW, base_height=72, base_width=144, crop_height=49, crop_width=97, more_than=6)
+CFG = iapc.IAPC(lr=1e-3, warm=4, rare_pixels=100, scales=(1.,), window=VIEW, refresh_height=64, refresh_width=128)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +68,7 @@ def literal(z, feats, z_source, z_memory, f_memory, y, omega, cfg):
                entropy=(-(p * (p + 1e-5).log()).sum(1)).mean())
     S_map = S.flatten(2).transpose(1, 2).contiguous().view(B, K, *cells) if cfg.legacy_scramble else S
     out["other_way"] = F.cross_entropy(up(S_map), zu.argmax(1))
-    loss = sum(getattr(cfg, t) * out[t] for t in iapc.TERMS) + cfg.symmetric * out["other_way"]
+    loss = sum(getattr(cfg, t) * out[t] for t in TERMS) + cfg.symmetric * out["other_way"]
     return loss, out, y_p
 
 
@@ -104,9 +109,9 @@ def test_fixed_and_legacy_layout_differ_and_prototype_labels_do_not():
 def test_an_absent_class_never_wins_unless_nothing_is_similar():
     _, f, _, zm, fm, *_ = inputs(dtype=torch.float32)
     zm[:, 3:] = -9
-    S = iapc.similarity(f, iapc.image_prototypes(fm, zm, (65, 129)))
+    S = prototype_logits(f, iapc.photo_prototypes(fm, zm, (65, 129)))
     assert S.argmax(1).max() < 3 and (S[:, 3:] == 0).all()
-    assert (iapc.similarity(torch.zeros_like(f), iapc.image_prototypes(fm, zm, (65, 129))) == 0).all()
+    assert (prototype_logits(torch.zeros_like(f), iapc.photo_prototypes(fm, zm, (65, 129))) == 0).all()
 
 
 def test_importance_is_nothing_at_a_tie_and_all_where_the_second_is_zero():
@@ -152,8 +157,8 @@ def test_class_factors_follow_the_definition():
 
 def test_learning_rates_of_the_released_schedule():
     net, cfg = small(), iapc.IAPC()
-    opt, sched = iapc.optimizer_for(net, cfg)
-    lrs = {i: 1e-4 * iapc.rate(i, cfg) for i in (0, 4999, 5000, 8999)}
+    opt, sched = iapc.student_optimizer(net, cfg)
+    lrs = {i: 1e-4 * sched.lr_lambdas[0](i) for i in (0, 4999, 5000, 8999)}
     assert np.allclose(list(lrs.values()), [1e-5, 9.9982e-5, 9.5488e-5, 9.1863e-5], rtol=1e-5)
     assert np.isclose(opt.param_groups[0]["lr"], 1e-5) and np.isclose(opt.param_groups[-1]["lr"], 1e-4)
 
@@ -161,11 +166,11 @@ def test_learning_rates_of_the_released_schedule():
 def test_released_multiplicities_of_the_exact_network():
     with torch.device("meta"):
         net = iapc_resnet101()
-    groups = iapc.optimizer_for(net, iapc.IAPC())[0].param_groups
+    groups = iapc.student_optimizer(net, iapc.IAPC())[0].param_groups
     backbone = {g["repeats"]: len(g["params"]) for g in groups if g["lr"] < 5e-5}
     assert backbone == {1: 1, 3: 99, 4: 4} and sum(r * n for r, n in backbone.items()) == 314
     assert [(g["repeats"], len(g["params"])) for g in groups if g["lr"] > 5e-5] == [(1, 8)]
-    once = iapc.optimizer_for(net, iapc.IAPC(repeats="one"))[0].param_groups
+    once = iapc.student_optimizer(net, iapc.IAPC(repeats="one"))[0].param_groups
     assert {g["repeats"] for g in once} == {1}
 
 
@@ -187,14 +192,14 @@ def test_repeats_are_sequential_updates_with_one_gradient(nesterov):
 
 
 def batch_of(target, n=2):
-    make = iapc.samples(target, VIEW, seed=0)
+    make = three_viewed(target, VIEW, replace(IAPC_REFRESH_WINDOW, base_height=64, base_width=128, crop_height=49, crop_width=97), 0, policy_augment)
     return torch.utils.data.default_collate([make(i) for i in range(n)])
 
 
 def test_the_first_step_leaves_the_memory_and_counts_the_looks(target):
     nets = iapc.trio(small(), CFG)
     before = copy.deepcopy(nets.memory.state_dict())
-    opt, sched = iapc.optimizer_for(nets.student, CFG)
+    opt, sched = iapc.student_optimizer(nets.student, CFG)
     log = iapc.step(nets, opt, sched, torch.ones(19), batch_of(target), CFG)
     for name, p in nets.memory.named_parameters():
         assert torch.equal(p, before[name])
@@ -207,7 +212,7 @@ def test_the_first_step_leaves_the_memory_and_counts_the_looks(target):
 def test_switches_do_what_they_say(target):
     cfg = replace(CFG, bn_refresh=False, memory_bn="running")
     nets = iapc.trio(small(), cfg)
-    opt, sched = iapc.optimizer_for(nets.student, cfg)
+    opt, sched = iapc.student_optimizer(nets.student, cfg)
     iapc.step(nets, opt, sched, torch.ones(19), batch_of(target), cfg)
     looks = [{int(b) for n, b in net.named_buffers() if n.endswith("tracked")} for net in (nets.student, nets.memory)]
     assert looks == [{1}, {0}]
@@ -216,10 +221,10 @@ def test_switches_do_what_they_say(target):
 def test_the_base_window_lies_at_the_proportional_place():
     """The middle of what both views show differs by no more than half of what a factor of 0.8 adds at an edge."""
     H, W = 72, 144
-    ramp, cfg = torch.arange(W).expand(3, H, W).to(torch.uint8), replace(VIEW, colour=False, flip_p=0., tries=1)
+    ramp, cfg = torch.arange(W).expand(3, H, W).to(torch.uint8), replace(VIEW, flip_p=0., tries=1)
     middle, seen = W * 97 / 2 * (1 / (.8 * W) - 1 / W) + 2, []
     for i in range(30):
-        v = iapc.three_views(ramp, torch.zeros(H, W).long(), rng_for(0, i), cfg)
+        v = three_views(ramp, torch.zeros(H, W).long(), cfg, rng_for(0, i))
         base, plain = (v[k][0, 0, [0, -1]].float().mean().item() for k in ("base", "plain"))
         assert abs(base - plain) < middle
         seen.append(base)
@@ -285,8 +290,25 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(target, tmp_path
 
 
 def test_a_crop_larger_than_the_image_is_refused_by_name():
-    with pytest.raises(InputError, match="crop_width is 600.*base image"):
-        iapc.IAPCView(crop_width=2000 - 1400, base_width=640)
+    for pad, image in ((False, "scaled"), (True, "base")):     # the window itself says so, or the settings
+        with pytest.raises(InputError, match=f"crop_width is 600.*{image} image"):
+            iapc.IAPC(window=replace(IAPC_WINDOW, crop_width=2000 - 1400, base_width=640, pad=pad))
+    with pytest.raises(InputError, match="crop_height is 256.*refresh image"):
+        iapc.IAPC(refresh_height=255)
+    with pytest.raises(InputError, match="crop_width is 0"):
+        iapc.IAPC(window=replace(IAPC_WINDOW, crop_width=0))
+    with pytest.raises(InputError, match="pad is True and base_height 0"):
+        iapc.IAPC(window=replace(IAPC_WINDOW, base_height=0, base_width=0, pad=True))
+
+
+def test_a_photo_smaller_than_the_window_is_named_before_the_first_step(target, tmp_path):
+    """With a window that follows the size of the photos."""
+    own = dict(base_height=0, base_width=0, crop_height=60)
+    labels = iapc.pseudo_labels(target, small(), CFG, run_dir=tmp_path, progress=False)
+    for cfg in (replace(CFG, window=replace(VIEW, **own), refresh_height=0, refresh_width=0),
+                replace(CFG, window=replace(VIEW, base_height=99, base_width=199, crop_height=65), refresh_height=0, refresh_width=0)):
+        with pytest.raises(InputError, match=f"{target.names[0]}.*crop_height is 6"):
+            iapc.train(labels, small(), cfg, Train(steps=1, device="cpu"), run_dir=tmp_path, progress=False)
 
 
 def test_the_band_version_takes_less_time_and_memory_than_the_loops():

@@ -8,20 +8,22 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from protonb import pbal, proda
+from protonb import distillation, pbal
 from protonb.deeplab import pbal_small
 from protonb.discriminators import class_map, pbal_discriminator
+from protonb.distillation import Distill
 from protonb.labels import IGNORE
+from protonb.methods import Job, train
 from protonb.pbal import (BPL, PST, WarmUp, alignment, bpl_step, prototype_contrast_term,
                           pst_step)
-from protonb.proda import Distill
-from protonb.self_training import WeakView, cross_entropy
+from protonb.processes import cross_entropy
 from protonb.streets import REAL, SYNTHETIC, Streets
 from protonb.training import Train, checkpoints, poly_lr, read_metrics, read_states
-from protonb.transforms import resize_label
+from protonb.transforms import normalize, resize_label
+from protonb.windows import Window
 
 K, C = 5, 7
-VIEW = WeakView(base_width=96, low=.7, high=1.3, crop_height=32, crop_width=48)
+WINDOW = Window(base_width=96, low=.7, high=1.3, crop_height=32, crop_width=48, flip_p=.5)
 
 class Tiny(nn.Module):
     "Features at a quarter of the image and a classifier on them; no batch norm, no dropout."
@@ -175,7 +177,7 @@ def test_released_rates():
     factor = poly_lr(opt, BPL().max_iter, BPL().power).lr_lambdas[0]
     assert factor(0) == pytest.approx((1-1/90_000)**.9, abs=1e-12) and factor(59_998) == pytest.approx(.37205, abs=5e-6)
     net = Tiny()
-    opt, _ = pbal.optimizer_for(net, PST())
+    opt, _ = pbal.pbal_optimizer(net, PST())
     assert [g['initial_lr'] for g in opt.param_groups] == [2.5e-4, 2.5e-3] and opt.param_groups[0]['weight_decay'] == 2e-4
 
 # The steps
@@ -189,7 +191,7 @@ def batch(seed=0, B=2, labels=True):
 def parts(cfg, seed=0):
     torch.manual_seed(seed)
     net, disc = Tiny(), pbal_discriminator(K, 4)
-    opt, sched = pbal.optimizer_for(net, cfg)
+    opt, sched = pbal.pbal_optimizer(net, cfg)
     return net, disc, opt, torch.optim.Adam(disc.parameters(), lr=cfg.lr_disc if hasattr(cfg, 'lr_disc') else 1e-4, betas=(.9, .99)), sched
 
 def test_bpl_step_is_the_released_order():
@@ -201,7 +203,7 @@ def test_bpl_step_is_the_released_order():
     log = bpl_step(net, disc, opt, opt_d, sched, b, cfg)
     up = lambda z: F.interpolate(z, (32, 48), mode='bilinear', align_corners=True)
     (xs, ys), (xt, _) = b['source'], b['target']
-    zs, (zt, ft) = ref(pbal.normalize(xs)), ref(pbal.normalize(xt), features=True)
+    zs, (zt, ft) = ref(normalize(xs)), ref(normalize(xt), features=True)
     fool = ref_d(up(zt).softmax(1))
     s2t, t2s = plain_alignment(ft, zt, ref.classifier.weight.flatten(1))
     ce = F.cross_entropy(up(zs), ys)
@@ -241,7 +243,7 @@ def test_pst_step_is_the_released_sum():
     log = pst_step(net, opt, sched, b, cfg)
     total = 0
     for x, y in b.values():
-        z, f = ref(pbal.normalize(x), features=True)
+        z, f = ref(normalize(x), features=True)
         up = F.interpolate(z, (32, 48), mode='bilinear', align_corners=True)
         total = total + F.cross_entropy(up, y, ignore_index=IGNORE) + plain_contrast(f, ref.classifier.weight.flatten(1), y)
     total.backward()
@@ -271,7 +273,7 @@ def test_legacy_target_and_figure_options():
 
 # The stages
 
-SMALL = dict(view=VIEW, lr=.02)
+SMALL = dict(window=WINDOW, lr=.02)
 
 def small_run(steps=4, **kw): return Train(steps=steps, batch_size=2, device='cpu', log_every=1, checkpoint_every=2, **kw)
 
@@ -365,12 +367,12 @@ def test_two_processes_do_what_one_does(tmp_path):
 
 def whole_method(home, streets, until='distill_2'):
     torch.manual_seed(0)
-    cfg = pbal.PBAL(WarmUp(disc_width=4, **SMALL), BPL(disc_width=4, **SMALL), PST(**SMALL), Distill(mean_std=True, lr=.02, weak=VIEW))
+    cfg = pbal.PBAL(WarmUp(disc_width=4, **SMALL), BPL(disc_width=4, **SMALL), PST(**SMALL), Distill(mean_std=True, lr=.02, window=WINDOW))
     seeds = iter(range(9))
     def fresh():
         torch.manual_seed(next(seeds))
         return pbal_small(width=8, channels=16)
-    return pbal.train(*streets, fresh, cfg, small_run(3), run_dir=home, until=until, progress=False)
+    return train(Job(pbal.METHOD, cfg, small_run(3), home, fresh(), *streets, fresh=fresh, progress=False), until)
 
 @pytest.fixture(scope='module')
 def unbroken(tmp_path_factory, streets):
@@ -387,7 +389,7 @@ def test_killed_in_any_stage_the_same_call_ends_with_the_same_weights(tmp_path, 
             done.append(name)
             return real(*a, **k)
         monkeypatch.setattr(module, name, step)
-    for module, name in ((pbal, 'bpl_step'), (pbal, 'pst_step'), (proda, 'distill_step')): mortal(module, name)
+    for module, name in ((pbal, 'bpl_step'), (pbal, 'pst_step'), (distillation, 'distill_step')): mortal(module, name)
     with pytest.raises(KeyboardInterrupt): whole_method(tmp_path, streets)
     monkeypatch.undo()
     again = whole_method(tmp_path, streets)

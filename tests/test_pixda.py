@@ -21,13 +21,21 @@ from protonb.deeplabv2 import pixda_resnet101, pixda_small
 from protonb.discriminators import pixda_image_discriminator, pixda_pixel_discriminator
 from protonb.labels import CITYSCAPES, IGNORE
 from protonb.mixing import fda
-from protonb.pixda import PixDA, PixDAView
+from protonb.pixda import PixDA
+from protonb.pixel_losses import shared_forward
 from protonb.streets import REAL, SYNTHETIC, Streets
 from protonb.training import Train, checkpoints, read_metrics, read_states
+from protonb.streams import few_labelled, labelled, paired
 from protonb.transforms import normalize
+from protonb.windows import PIXDA_WINDOW, look
 
 SIZE = (48, 96)
-CFG = PixDA(lr=.01, disc_width=4, beta=.03, view=PixDAView(*SIZE), kd_steps=3)
+
+
+def window(height, width): return replace(PIXDA_WINDOW, base_height=height, base_width=width)
+
+
+CFG = PixDA(lr=.01, disc_width=4, beta=.03, window=window(*SIZE), kd_steps=3)
 
 
 class Tiny(nn.Module):
@@ -103,11 +111,11 @@ def test_a_sure_pixel_does_not_break_the_focal_loss():
 def test_the_balance_map_is_of_each_image_and_counts_ignored_pixels():
     y = torch.zeros(2, 4, 5, dtype=torch.long)
     y[0, :2], y[0, 2], y[1, 0, 0] = IGNORE, 7, 7                             # 10 ignored, 5 of class 7, 5 of class 0; 1 and 19
-    B = pixda.shares(y, 19)
+    B = pixda.balance_map(y, 19)
     assert torch.allclose(B[0], torch.tensor([0., 0., 1 - 5 / 20, 1 - 5 / 20])[:, None].expand(4, 5))
     assert B[1, 0, 0] == pytest.approx(1 - 1 / 20) and B[1, 0, 1].item() == pytest.approx(1 - 19 / 20)
     whole = torch.full((1, 4, 5), 3)
-    assert (pixda.shares(whole, 19) == 0).all() and (pixda.shares(torch.full((1, 4, 5), IGNORE), 19) == 0).all()
+    assert (pixda.balance_map(whole, 19) == 0).all() and (pixda.balance_map(torch.full((1, 4, 5), IGNORE), 19) == 0).all()
 
 
 def literal_pixadv(d, z, y, detach):
@@ -142,7 +150,7 @@ def test_ignored_pixels_count_in_the_mean():
     z, d, y = maps()
     half = torch.cat([y, torch.full_like(y, IGNORE)], 1)
     z2, d2 = torch.cat([z, z], 2), torch.cat([d, d], 2)
-    B1, B2 = pixda.shares(y, 19), pixda.shares(half, 19)[:, :24]
+    B1, B2 = pixda.balance_map(y, 19), pixda.balance_map(half, 19)[:, :24]
     assert torch.allclose(1 - B2[y != IGNORE], (1 - B1[y != IGNORE]) / 2)
     S = F.cross_entropy(z, y, ignore_index=IGNORE, reduction="none")
     want = (F.softplus(d[:, 0]) * S * B2).sum() / half.numel()
@@ -192,7 +200,7 @@ def test_one_forward_gives_the_gradients_of_two(detach):
     calls = []
     disc.register_forward_hook(lambda *a: calls.append(1))
     logp = up(z)
-    fooled, verdict = pixda.judge(disc, logp.exp())
+    fooled, verdict = shared_forward(disc, logp.exp())
     pixda.pixadv_loss(fooled, logp, y, detach).backward()
     assert all(w.grad is None for w in weights) and torch.allclose(z.grad, dz, atol=1e-14)
     kept = z.grad.clone()
@@ -291,7 +299,7 @@ def test_a_step_without_labels_or_of_one_image_is_finite():
         assert all(v.isfinite() for v in log.values())
         assert blank is None or log[blank] == 0
         assert all(p.isfinite().all() for m in (net, disc, image) for p in m.parameters())
-        log = pixda.distill_step(net, copy.deepcopy(net), opts[0], scheds[0], (b["target"][0], torch.full_like(b["target"][1], IGNORE)), CFG)
+        log = pixda.distillation_step(net, copy.deepcopy(net), opts[0], scheds[0], (b["target"][0], torch.full_like(b["target"][1], IGNORE)), CFG)
         assert log["target"] == 0 and log["kd"].isfinite()
 
 
@@ -302,7 +310,7 @@ def test_distill_step_is_the_one_of_section_6_4(teacher_eval):
     net(normalize(batch(seed=5)["source"][0]))                    # statistics that are not the batch's
     ref, (x, y) = copy.deepcopy(net), batch(seed=3)["target"]
     old = copy.deepcopy(net).train(not teacher_eval)
-    log = pixda.distill_step(net, old, opt, sched, (x, y), cfg)
+    log = pixda.distillation_step(net, old, opt, sched, (x, y), cfg)
 
     def up(z): return F.interpolate(z, SIZE, mode="bilinear", align_corners=True)
     with torch.no_grad():
@@ -374,12 +382,12 @@ def test_the_view_shrinks_whole_images_bicubic_and_labels_by_the_nearest():
     import numpy as np
     from PIL import Image
     image, label = Streets(REAL, 1, size=(96, 192), seed=4)[0]
-    small_image, small_label = pixda.look_at(image, label, PixDAView(40, 72))
+    small_image, small_label = look(image, label, window(40, 72), None)[:2]
     pil = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((72, 40), Image.Resampling.BICUBIC)
     assert np.array_equal(small_image.permute(1, 2, 0).numpy(), np.array(pil))
     pil = Image.fromarray(label.byte().numpy()).resize((72, 40), Image.Resampling.NEAREST)
     assert np.array_equal(small_label.numpy(), np.array(pil))
-    assert pixda.look_at(image, label, PixDAView(96, 192))[0] is image
+    assert look(image, label, window(96, 192), None)[0] is image
 
 
 def test_a_pass_shows_each_image_once_and_photos_come_with_replacement():
@@ -387,12 +395,13 @@ def test_a_pass_shows_each_image_once_and_photos_come_with_replacement():
         def __init__(self, n): self.n = n
         def __len__(self): return self.n
         def __getitem__(self, i): return torch.full((3, 2, 2), i, dtype=torch.uint8), torch.full((2, 2), i)
-    view = PixDAView(2, 2)
-    make = pixda.samples(Named(50), Named(18), view, 3, "pass_01")
+    def stream(stage):
+        return paired(source=labelled(Named(50), window(2, 2), 3, f"{stage} source"), target=few_labelled(Named(18), window(2, 2), 3, f"{stage} target"))
+    make = stream("pass_01")
     pairs = [(int(make(i)["source"][1][0, 0]), int(make(i)["target"][1][0, 0])) for i in range(50)]
     assert sorted(s for s, _ in pairs) == list(range(50))
     assert len({t for _, t in pairs[:18]}) < 18 and len({t for _, t in pairs}) > 12
-    other = pixda.samples(Named(50), Named(18), view, 3, "pass_02")
+    other = stream("pass_02")
     assert [int(other(i)["source"][1][0, 0]) for i in range(50)] != [s for s, _ in pairs]
     assert [int(other(i)["target"][1][0, 0]) for i in range(50)] != [t for _, t in pairs]
 
@@ -468,6 +477,21 @@ def test_too_little_to_start_with_is_said(tmp_path, streets):
         go(tmp_path, (take(streets[0], [0]), streets[1]))
 
 
+def test_bad_input_is_said_before_the_first_step(tmp_path, streets):
+    with pytest.raises(InputError, match="0 labelled images"):
+        go(tmp_path, (streets[0], take(streets[1], [])))
+    with pytest.raises(InputError, match="synthetic_0_00000: is 48x96, too small"):
+        go(tmp_path, streets, replace(CFG, window=replace(PIXDA_WINDOW, base_height=0, base_width=0, crop_height=64)))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_run_says_how_it_is_fed(tmp_path, streets):
+    go(tmp_path, streets, run=short(2), until="passes")
+    config = json.loads((tmp_path / "config.json").read_text())["pass_01"]["config"]
+    assert config["method"] == "pixda" and config["feed"]["height"] == 48 and config["hyper"]["window"]["base_width"] == 96
+    assert pixda.METHOD.feed(replace(CFG, window=window(0, 0))).height is None
+
+
 def test_realness_is_measured_in_eval_mode_and_leaves_no_trace(streets):
     net, disc = small().train(), pixda_image_discriminator(19, 4)
     before = copy.deepcopy(net.state_dict())
@@ -524,7 +548,7 @@ def test_killed_in_a_step_the_same_call_ends_with_the_same_weights(tmp_path, str
             done.append(name)
             return real(*a, **k)
         monkeypatch.setattr(pixda, name, step)
-    mortal("step"), mortal("distill_step")
+    mortal("step"), mortal("distillation_step")
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path, streets, KILL, short(10))
     monkeypatch.undo()
@@ -533,7 +557,7 @@ def test_killed_in_a_step_the_same_call_ends_with_the_same_weights(tmp_path, str
 
 @pytest.mark.parametrize("when", ["scoring", "writing", "after"])
 def test_killed_in_a_selection(tmp_path, streets, unbroken, monkeypatch, when):
-    name = dict(scoring="realness", writing="atomic_path", after="fit")[when]
+    name = dict(scoring="realness", writing="atomic_path", after="learn")[when]
     real, calls = getattr(pixda, name), []
 
     def mortal(*a, **k):
@@ -579,7 +603,7 @@ def test_the_teacher_is_the_network_as_it_was_when_the_passes_ended(tmp_path, st
     def step(net, old, *a, **k):
         seen.append((old.training, copy.deepcopy(old.state_dict()), any(p.requires_grad for p in old.parameters())))
         return dict(kd=torch.zeros(()))
-    monkeypatch.setattr(pixda, "distill_step", step)
+    monkeypatch.setattr(pixda, "distillation_step", step)
     done = go(tmp_path, streets, replace(KILL, teacher_eval=teacher_eval), short(2))
     assert [t for t, *_ in seen] == [not teacher_eval] * 3 and not any(g for *_, g in seen)
     ends = read_states(tmp_path / "checkpoints" / "pass_01-0000002")["net"]

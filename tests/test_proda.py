@@ -12,16 +12,23 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from protonb import proda
+from protonb import distillation, proda
 from protonb.colour import Warp, rand_augment, warp_labels
 from protonb.core import InputError, rng_for
-from protonb.pseudo_labels import HardLabels, SoftLabels, write_labels, write_soft
+from protonb.deeplab import released_repeats
+from protonb.distillation import Distill
+from protonb.feeding import Feed, segmenter
+from protonb.optimization import make_optimizer, parameter_groups, polynomial, schedule
+from protonb.pseudo_labels import HardLabels, SoftLabels, write_soft
 from protonb.sampling import shuffled_index
-from protonb.self_training import Geometry, RepeatedSGD, WeakView, head_groups, poly_from_zero, weak_view
+from protonb.processes import cross_entropy
+from protonb.streams import stacked
 from protonb.streets import REAL, SYNTHETIC, Streets
+from protonb.teachers import PrototypeBank
 from protonb.training import Train, accelerator_for
+from protonb.windows import Geometry, Window, into_view, look, shrunk
 
-WEAK = WeakView(base_width=128, low=.5, high=1.5, crop_height=32, crop_width=56)
+WINDOW = Window(base_width=128, low=.5, high=1.5, crop_height=32, crop_width=56, flip_p=.5)
 K = 19
 
 
@@ -64,8 +71,9 @@ def target():
 
 
 def sgd(net, cfg):
-    opt = RepeatedSGD(head_groups(net, cfg.lr, cfg.head_factor), lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
-    return opt, poly_from_zero(opt, cfg.length, cfg.power)
+    groups = parameter_groups(net, cfg.lr, cfg.head_factor, weight_decay=cfg.weight_decay, repeats={})
+    opt = make_optimizer("sgd", groups, cfg.lr, momentum=cfg.momentum)
+    return opt, schedule(opt, polynomial(cfg.length, cfg.power))
 
 
 def plain_sgd(net, cfg):
@@ -100,61 +108,17 @@ def released_rce(z, y):
 def gradient(loss, *at):
     return torch.autograd.grad(loss, at)
 
-
-def test_reverse_cross_entropy_is_the_clamped_form_in_value_and_gradient():
-    z = torch.randn(2, K, 9, 7, dtype=torch.float64).mul(2).requires_grad_()
-    y = noisy_labels(2, 9, 7)
-    ours, theirs = proda.reverse_cross_entropy(z, y), released_rce(z, y)
-    assert abs(ours - theirs) < 1e-4
-    assert (gradient(ours, z)[0] - gradient(theirs, z)[0]).abs().max() < 1e-6
-    p = z.softmax(1).gather(1, y.masked_fill(y == 255, 0)[:, None])[:, 0]
-    assert abs(ours - 9.21034 * (1 - p)[y != 255].mean()) < 1e-4
-    assert proda.LOG_ZERO == pytest.approx(-np.log(1e-4))
-
-
-def test_symmetric_cross_entropy_weighs_its_two_halves():
-    z, y = torch.randn(2, K, 9, 7), noisy_labels(2, 9, 7)
-    want = .1 * F.cross_entropy(z, y, ignore_index=255) + released_rce(z, y)
-    assert abs(proda.symmetric_cross_entropy(z, y) - want) < 1e-4
-
-
-def test_regulariser_of_uniform_logits():
-    z = torch.full((2, 16, 3, 5), .7)
-    assert proda.regulariser(z).item() == pytest.approx(np.log(16), abs=1e-6)
-    assert proda.regulariser(z, entropy=True).item() == pytest.approx(-np.log(16), abs=1e-6)
-    z = torch.randn(2, 16, 3, 5)
-    assert torch.allclose(proda.regulariser(z), -z.log_softmax(1).sum() / (2 * 16 * 3 * 5))
-    assert torch.allclose(proda.regulariser(z, True), (z.softmax(1) * z.log_softmax(1)).sum() / (2 * 3 * 5))
-
-
-def test_distillation_is_zero_at_equality_and_the_mean_over_all_entries():
-    s, t = torch.randn(2, K, 5, 6, requires_grad=True), torch.randn(2, K, 5, 6)
-    assert proda.kd_loss(t, t).abs() < 1e-7
-    want = F.kl_div(s.log_softmax(1), t.softmax(1), reduction="sum") / (2 * K * 5 * 6)
-    assert torch.allclose(proda.kd_loss(s, t), want, atol=1e-7)
-    assert gradient(proda.kd_loss(t.requires_grad_(), t), t)[0].abs().max() < 1e-7
-
-
-def test_released_distillation_only_pushes_the_inner_product():
-    s, t = torch.randn(2, K, 5, 6, requires_grad=True), torch.randn(2, K, 5, 6)
-    legacy = proda.kd_loss(s, t, legacy=True)
-    assert torch.allclose(legacy, F.kl_div(s.softmax(1), t.softmax(1), reduction="none").mean(), atol=1e-7)
-    inner = -(t.softmax(1) * s.softmax(1)).mean()
-    assert torch.allclose(gradient(legacy, s)[0], gradient(inner, s)[0], atol=1e-8)
-    assert legacy.abs() > 1e-3 and proda.kd_loss(t, t, legacy=True) != 0
-
-
 def test_no_gradient_reaches_a_teacher():
     s, t = torch.randn(1, K, 3, 3, requires_grad=True), torch.randn(1, K, 3, 3, requires_grad=True)
     inside = torch.ones(1, 3, 3, dtype=torch.bool)
-    (proda.kd_loss(s, t) + proda.consistency(t, inside, s)).backward()
+    (distillation.kd_loss(s, t) + proda.consistency(t, inside, s)).backward()
     assert t.grad is None and s.grad.abs().sum() > 0
 
 
 def test_nothing_labelled_is_zero_and_finite():
     z, none = torch.randn(2, K, 5, 6, requires_grad=True), torch.full((2, 5, 6), 255)
     nobody = torch.zeros(2, 5, 6, dtype=torch.bool)
-    loss = proda.symmetric_cross_entropy(z, none) + proda.cross_entropy(z, none) + proda.consistency(z.abs(), nobody, z.abs())
+    loss = distillation.symmetric_cross_entropy(z, none) + cross_entropy(z, none) + proda.consistency(z.abs(), nobody, z.abs())
     assert loss == 0 and gradient(loss, z)[0].abs().max() == 0
 
 
@@ -240,28 +204,14 @@ def test_windows_follow_the_chain_of_resizes(full, crop, native):
     views = [random_view(rng, full, crop) for _ in range(2)]
     views[0], quarter = replace(views[0], flip=True), tuple(n // 4 for n in crop)
     small = full[0] // 4, full[1] // 4
-    v = torch.stack([proda.view_tensor(g) for g in views])
-    soft, feat = proda.into_view(p0, full, v, crop, quarter), proda.into_view(f, small, proda.shrunk(v), quarter)
+    v = torch.stack([g.numbers for g in views])
+    soft, feat = into_view(p0, full, v, crop, quarter), into_view(f, small, shrunk(v), quarter)
     for n, g in enumerate(views):
         chain = up(cropped(up(up(p0[n:n + 1], full), (g.height, g.width)), g), quarter)
         assert (soft[n] - chain[0]).abs().max() < 2e-4
         chain = cropped(up(up(f[n:n + 1], small), (g.height // 4, g.width // 4)), g, 4)
         assert (feat[n] - chain[0]).abs().max() < 2e-3
         assert (soft[n] - chain[0]).abs().max() > .1
-
-
-def test_quarter_labels_take_every_fourth_pixel(target, monkeypatch):
-    cfg = proda.Distill(weak=WEAK)
-    image, label = proda.strong_samples(target, cfg, 5)(2)
-    assert image.shape == (3, 32, 56) and label.shape == (8, 14) and image.dtype == torch.uint8
-    monkeypatch.setattr(proda, "rand_augment", lambda image, rng, legacy: (image, Warp(tuple(image.shape[1:]))))
-    image, label = proda.strong_samples(target, cfg, 5)(2)
-    plain, fine, _ = weak_view(*target[shuffled_index(2, 6, 5, "target")], rng_for(5, "target", 2), WEAK)
-    assert torch.equal(image, plain) and torch.equal(label, fine[::4, ::4])
-    full = torch.arange(32 * 56).view(32, 56)
-    assert torch.equal(full[::4, ::4], F.interpolate(full[None, None].double(), scale_factor=.25, mode="nearest")[0, 0].long())
-    with pytest.raises(InputError, match="crop_width is 50"):
-        proda.strong_samples(target, replace(cfg, weak=replace(WEAK, crop_width=50)))
 
 
 def test_a_strong_label_follows_its_picture():
@@ -317,8 +267,10 @@ def test_moving_prototypes_have_a_closed_form():
     torch.manual_seed(0)
     eta, v, c = torch.randn(4, 6, dtype=torch.float64), torch.randn(5, 4, 6, dtype=torch.float64), torch.randint(0, 20, (5, 4))
     v[1, 1], c[1, 1] = 0, 99
-    got = eta.clone()
-    proda.move_prototypes(got, v, c)
+    bank = PrototypeBank(4, 6).double()
+    bank.matrix.copy_(eta)
+    bank.update(v, proda.enough(v, c), proda.Denoise().proto_momentum)
+    got = bank.matrix
     for k in range(4):
         who = [j for j in range(5) if c[j, k] >= 10 and v[j, k].sum() != 0]
         m = len(who)
@@ -327,9 +279,9 @@ def test_moving_prototypes_have_a_closed_form():
 
 
 def test_a_new_class_gets_its_first_mean_outright():
-    eta = torch.zeros(2, 3)
-    proda.move_prototypes(eta, torch.full((1, 2, 3), 4.), torch.tensor([[50., 2.]]))
-    assert eta.tolist() == [[4.] * 3, [0.] * 3]
+    bank, v, c = PrototypeBank(2, 3), torch.full((1, 2, 3), 4.), torch.tensor([[50., 2.]])
+    bank.update(v, proda.enough(v, c), proda.Denoise().proto_momentum)
+    assert bank.matrix.tolist() == [[4.] * 3, [0.] * 3]
 
 
 def test_class_means_without_enlarging_the_features():
@@ -365,7 +317,7 @@ def test_initial_prototypes_of_a_network(target, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------- stages
 
 def soft_set(net, target, folder):
-    write_soft(proda.segmenter(net), target, folder, dtype="float32", progress=False)
+    write_soft(segmenter(net, Feed(input="unit")), target, folder, dtype="float32", progress=False)
     return SoftLabels(target, folder)
 
 
@@ -406,7 +358,7 @@ def released_denoise_step(net, average, eta, opt, batch, cfg):
 
 
 def test_a_step_of_stage_1_is_the_released_step(source, target, tmp_path):
-    cfg = proda.Denoise(weak=WEAK, lr=1e-3, ema=.9, proto_momentum=.9)
+    cfg = proda.Denoise(window=WINDOW, lr=1e-3, ema=.9, proto_momentum=.9)
     first = tiny().eval()
     soft = soft_set(first, target, tmp_path)
     ours, theirs = first.train(), deepcopy(first)
@@ -414,57 +366,36 @@ def test_a_step_of_stage_1_is_the_released_step(source, target, tmp_path):
     torch.manual_seed(4)
     eta = [torch.randn(K, 6)] * 2
     eta = [e.clone() for e in eta]
+    bank = PrototypeBank(K, 6)
+    bank.matrix.copy_(eta[0])
     opts = sgd(ours, cfg), plain_sgd(theirs, cfg)
     make = proda.denoise_samples(source, soft, cfg, seed=3)
     for i in range(2):
-        batch = proda.collate([make(2 * i), make(2 * i + 1)])
-        log = proda.denoise_step(ours, slow[0], eta[0], *opts[0], batch, cfg)
+        batch = stacked([make(2 * i), make(2 * i + 1)])
+        log = proda.denoise_step(ours, slow[0], bank, *opts[0], batch, cfg)
         for group, lr in zip(opts[1].param_groups, (1e-3, 1e-3)):
             group["lr"] = lr * (1 - i / 90_000) ** .9
         released_denoise_step(theirs, slow[1], eta[1], opts[1], batch, cfg)
         assert set(log) == {"source", "hard", "regular", "consistency"} and all(v.dim() == 0 and v.isfinite() for v in log.values())
     same(ours, theirs, 2e-5)
     same(*slow, 2e-5)
-    assert (eta[0] - eta[1]).abs().max() < 2e-5
+    assert (bank.matrix - eta[1]).abs().max() < 2e-5
 
 
 def test_the_averaged_network_is_in_train_mode_unless_asked(source, target, tmp_path, monkeypatch):
     soft, seen = soft_set(tiny(), target, tmp_path / "soft"), []
-    real = proda.teacher_view
-    monkeypatch.setattr(proda, "teacher_view", lambda average, *a: (seen.append(average.training), real(average, *a))[1])
+    real = proda.average_view
+    monkeypatch.setattr(proda, "average_view", lambda average, *a: (seen.append(average.training), real(average, *a))[1])
     run = Train(steps=1, batch_size=1, device="cpu")
     for ema_eval in (False, True):
         first = proda.init_prototypes(tiny(), target, progress=False)
-        proda.denoise(source, soft, tiny(), first, proda.Denoise(weak=WEAK, ema_eval=ema_eval), run, run_dir=tmp_path / str(ema_eval),
+        proda.denoise(source, soft, tiny(), first, proda.Denoise(window=WINDOW, ema_eval=ema_eval), run, run_dir=tmp_path / str(ema_eval),
                       progress=False)
     assert seen == [True, False]
 
 
-def test_a_step_of_stage_2_is_the_described_step(source, target, tmp_path):
-    cfg = proda.Distill(weak=WEAK, lr=1e-3)
-    teacher, ours = tiny(7).eval(), tiny().train()
-    theirs = deepcopy(ours)
-    opts = sgd(ours, cfg), plain_sgd(theirs, cfg)
-    make = proda.distill_samples(source, target, cfg, seed=3)
-    batch = torch.utils.data.default_collate([make(i) for i in range(2)])
-    batch["target"][1][0, :4] = 255
-    log = proda.distill_step(ours, teacher, *opts[0], batch, cfg)
-    opts[1].zero_grad()
-    (x_s, y_s), (x_t, y_t) = batch["source"], batch["target"]
-    source_loss = F.cross_entropy(up(theirs(x_s.float() / 255), y_s.shape[1:]), y_s, ignore_index=255)
-    source_loss.backward()
-    z = up(theirs(x_t.float() / 255), y_t.shape[1:])
-    t = up(teacher(x_t.float() / 255), y_t.shape[1:]).softmax(1).detach()
-    hard, kd = F.cross_entropy(z, y_t, ignore_index=255), F.kl_div(z.log_softmax(1), t, reduction="none").mean()
-    (hard + kd).backward()
-    opts[1].step()
-    same(ours, theirs, 1e-6)
-    for name, want in dict(source=source_loss, hard=hard, kd=kd).items():
-        assert torch.allclose(log[name], want, atol=1e-5)
-
-
 def test_the_warm_up_step_is_the_described_step(source, target):
-    cfg = proda.WarmUp(weak=WEAK, lr=1e-3, freeze_bn=False)
+    cfg = proda.AdversarialWarmUp(window=WINDOW, lr=1e-3, freeze_bn=False)
     D = nn.Sequential(nn.Conv2d(K, 4, 3, 2, 1), nn.LeakyReLU(.2), nn.Conv2d(4, 1, 1))
     ours, theirs, D2 = tiny().train(), tiny().train(), deepcopy(D)
     opt, sched = sgd(ours, cfg)
@@ -493,7 +424,7 @@ def test_warm_up_can_hold_the_batch_norms_still(source, target, tmp_path):
     net = tiny()
     before = deepcopy(net.state_dict())
     D = nn.Conv2d(K, 1, 3, 2)
-    proda.warm_up(source, target, net, D, proda.WarmUp(weak=WEAK, lr=.01), Train(steps=2, batch_size=2, device="cpu"), run_dir=tmp_path,
+    proda.adversarial_warm_up(source, target, net, D, proda.AdversarialWarmUp(window=WINDOW, lr=.01), Train(steps=2, batch_size=2, device="cpu"), run_dir=tmp_path,
                   progress=False)
     moved = {n for n, v in net.state_dict().items() if not torch.equal(v, before[n])}
     assert moved == {"conv1.weight", "conv1.bias", "conv2.weight", "conv2.bias", "classifier.weight"}
@@ -501,11 +432,11 @@ def test_warm_up_can_hold_the_batch_norms_still(source, target, tmp_path):
 
 def test_the_learning_rates_of_the_released_run():
     opt = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.)
-    sched = poly_from_zero(opt, proda.Distill().length, proda.Distill().power)
+    sched = schedule(opt, polynomial(Distill().length, Distill().power))
     assert opt.param_groups[0]["lr"] == 1
     assert sched.lr_lambdas[0](62_411) == pytest.approx(.34502, abs=5e-6)
-    assert [c().lr for c in (proda.WarmUp, proda.Denoise, proda.Distill)] == [2.5e-4, 1e-4, 6e-4]
-    assert [c().head_factor for c in (proda.WarmUp, proda.Denoise, proda.Distill)] == [10, 1, 10]
+    assert [c().lr for c in (proda.AdversarialWarmUp, proda.Denoise, Distill)] == [2.5e-4, 1e-4, 6e-4]
+    assert [c().head_factor for c in (proda.AdversarialWarmUp, proda.Denoise, Distill)] == [10, 1, 10]
 
 
 def test_a_batch_without_labels_and_a_network_with_missing_classes(source, target, tmp_path):
@@ -514,9 +445,9 @@ def test_a_batch_without_labels_and_a_network_with_missing_classes(source, targe
         def __len__(self): return len(target)
         def __getitem__(self, i): return target[i][0], torch.full((64, 128), 255)
 
-    cfg, run = proda.Distill(weak=WEAK, rce=True), Train(steps=2, batch_size=2, device="cpu", log_every=1)
+    cfg, run = Distill(window=WINDOW, rce=True), Train(steps=2, batch_size=2, device="cpu", log_every=1)
     student = tiny()
-    out = proda.distill(Nothing(), Nothing(), student, tiny(1), cfg, run, run_dir=tmp_path / "a", progress=False)
+    out = distillation.distill(Nothing(), Nothing(), student, tiny(1), cfg, run, run_dir=tmp_path / "a", progress=False)
     assert out["finished"] and all(p.isfinite().all() for p in student.parameters())
     net = tiny()
     with torch.no_grad():
@@ -524,19 +455,8 @@ def test_a_batch_without_labels_and_a_network_with_missing_classes(source, targe
     first = proda.init_prototypes(net, target, progress=False)
     assert not first.valid.all()
     soft = soft_set(net, target, tmp_path / "soft")
-    out = proda.denoise(Nothing(), soft, net, first, proda.Denoise(weak=WEAK), run, run_dir=tmp_path / "b", progress=False)
+    out = proda.denoise(Nothing(), soft, net, first, proda.Denoise(window=WINDOW), run, run_dir=tmp_path / "b", progress=False)
     assert out["finished"] and all(p.isfinite().all() for p in net.parameters())
-
-
-def test_a_teacher_is_not_changed_and_may_be_the_student_before(source, target, tmp_path):
-    cfg, run = proda.Distill(weak=WEAK, lr=.01), Train(steps=2, batch_size=2, device="cpu")
-    teacher = tiny().train()
-    before, student = deepcopy(teacher.state_dict()), deepcopy(teacher)
-    proda.distill_round(source, target, student, teacher, cfg, run, run_dir=tmp_path, stage="stage2", progress=False)
-    assert all(torch.equal(v, before[n]) for n, v in teacher.state_dict().items())
-    assert not torch.equal(student.conv1.weight, teacher.conv1.weight)
-    hard = HardLabels(target, tmp_path / "pseudo" / "stage2", thresholds=.95, below="<=")
-    assert len(hard) == 6 and (tmp_path / "pseudo" / "stage2" / "histogram.json").exists()
 
 
 class Broken:
@@ -563,13 +483,13 @@ def test_a_stage_that_broke_goes_on_as_if_nothing_had_happened(stage, source, ta
     def go(source, folder):
         net, where = tiny(), dict(run_dir=tmp_path / folder, progress=False)
         if stage == "distill":
-            out = proda.distill(source, target, net, tiny(1), proda.Distill(weak=WEAK, lr=.01), run, **where)
+            out = distillation.distill(source, target, net, tiny(1), Distill(window=WINDOW, lr=.01), run, **where)
         elif stage == "warm_up":
             torch.manual_seed(1)
-            out = proda.warm_up(source, target, net, nn.Conv2d(K, 1, 3, 2), proda.WarmUp(weak=WEAK, lr=.01), run, **where)
+            out = proda.adversarial_warm_up(source, target, net, nn.Conv2d(K, 1, 3, 2), proda.AdversarialWarmUp(window=WINDOW, lr=.01), run, **where)
         else:
             first = proda.init_prototypes(tiny(1), target, progress=False)
-            out = proda.denoise(source, soft, net, first, proda.Denoise(weak=WEAK, lr=.01), run, **where)
+            out = proda.denoise(source, soft, net, first, proda.Denoise(window=WINDOW, lr=.01), run, **where)
         return net, out
 
     whole, out = go(source, "whole")
@@ -586,7 +506,7 @@ def test_a_stage_that_broke_goes_on_as_if_nothing_had_happened(stage, source, ta
 def test_images_of_two_sizes_are_named(target):
     a, b = (dict(full=torch.zeros(3, n, 8), warp=Warp((4, 4))) for n in (8, 9))
     with pytest.raises(InputError, match="cannot share a batch"):
-        proda.collate([a, b])
+        stacked([a, b])
 
 
 # ------------------------------------------------------------------------------------------------------------- processes
@@ -602,9 +522,14 @@ def whole_run(where, world):
     torch.manual_seed(2)
     nn.init.normal_(D.weight, std=.1)
     nn.init.zeros_(D.bias)
-    cfg = proda.ProDA(proda.WarmUp(weak=WEAK, lr=1e-3), proda.Denoise(weak=WEAK, lr=1e-3, proto_momentum=.9),
-                      proda.Distill(weak=WEAK, lr=1e-3, threshold=.06))
-    out = proda.train(*made, net, D, student, cfg, run, run_dir=where, progress=False)
+    cfg = proda.ProDA(proda.AdversarialWarmUp(window=WINDOW, lr=1e-3), proda.Denoise(window=WINDOW, lr=1e-3, proto_momentum=.9),
+                      Distill(window=WINDOW, lr=1e-3, threshold=.06))
+    quiet = dict(run_dir=where, progress=False)
+    proda.adversarial_warm_up(*made, net, D, cfg.warm_up, run, **quiet)
+    soft, first = proda.soft_labels(net, made[1], cfg.denoise, run, **quiet)
+    proda.denoise(made[0], soft, net, first, cfg.denoise, run, **quiet)
+    distillation.distill_round(*made, student, net, cfg.distill, run, stage="stage2", **quiet)
+    out = distillation.distill_round(*made, student, deepcopy(student), cfg.distill, run, stage="stage3", **quiet)
     if acc.is_main_process:
         torch.save(dict(out=out, net=net.state_dict(), student=student.state_dict()), f"{where}.pt")
     return f"{where}.pt"
@@ -641,48 +566,16 @@ def test_two_processes_end_where_one_does(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------- flags
 
-@pytest.mark.parametrize("flag", ["legacy_kd", "legacy_warp", "legacy_dup", "rce", "mean_std"])
-def test_each_flag_of_the_distillation_makes_another_run(flag, source, target, tmp_path):
-    run, ends = Train(steps=2, batch_size=2, device="cpu"), []
-    for on in (False, True):
-        cfg, student = replace(proda.Distill(weak=WEAK, lr=.01), **{flag: on}), tiny()
-        proda.distill(source, target, student, tiny(1), cfg, run, run_dir=tmp_path / str(on), progress=False)
-        ends.append(student)
-    assert all(p.isfinite().all() for p in ends[1].parameters())
-    same_warp = flag == "legacy_warp" and all(                     # the labels can only differ where something moved
-        torch.equal(proda.strong_samples(target, proda.Distill(weak=WEAK), 0)(i)[1],
-                    proda.strong_samples(target, proda.Distill(weak=WEAK, legacy_warp=True), 0)(i)[1]) for i in range(4))
-    assert same_warp or not torch.equal(ends[0].conv1.weight, ends[1].conv1.weight)
-
-
 @pytest.mark.parametrize("flag", ["legacy_dup", "bce", "strong_source", "mean_std"])
 def test_each_flag_of_the_warm_up_makes_another_run(flag, source, target, tmp_path):
     run, ends = Train(steps=2, batch_size=2, device="cpu"), []
     for on in (False, True):
         torch.manual_seed(3)
-        cfg, net, D = replace(proda.WarmUp(weak=WEAK, lr=.01), **{flag: on}), tiny(), nn.Conv2d(K, 1, 3, 2)
-        proda.warm_up(source, target, net, D, cfg, run, run_dir=tmp_path / str(on), progress=False)
+        cfg, net, D = replace(proda.AdversarialWarmUp(window=WINDOW, lr=.01), **{flag: on}), tiny(), nn.Conv2d(K, 1, 3, 2)
+        proda.adversarial_warm_up(source, target, net, D, cfg, run, run_dir=tmp_path / str(on), progress=False)
         ends.append(net)
     assert all(p.isfinite().all() for p in ends[1].parameters())
     assert not torch.equal(ends[0].conv1.weight, ends[1].conv1.weight)
-
-
-def test_repeated_updates_are_three_in_a_row(source, target):
-    """legacy_dup: the backbone's tensors get three updates with one gradient, the classifier one."""
-    cfg, net = proda.Distill(weak=WEAK, lr=.01), tiny()
-    twin = deepcopy(net)
-    acc = accelerator_for(Train(steps=1, device="cpu"))
-    _, opt, _ = proda.equip(net, cfg, acc, proda.released_repeats(net))
-    for p, q in zip(net.parameters(), twin.parameters()):
-        p.grad = torch.ones_like(p)
-    opt.step()
-    for (name, p), q in zip(net.named_parameters(), twin.parameters()):
-        lr, times = (.1, 1) if name.startswith("classifier") else (.01, 3)
-        q, buf = q.detach().clone(), 0
-        for _ in range(times):
-            buf = .9 * buf + 1 + 2e-4 * q
-            q -= lr * buf
-        assert torch.allclose(p, q, atol=1e-6), name
 
 
 def test_a_released_warp_moves_too_far():

@@ -14,18 +14,26 @@ from protonb import wdass as W
 from protonb.core import InputError, rng_for
 from protonb.deeplab import pbal_small
 from protonb.deeplabv2 import wdass_small
+from protonb.feeding import Feed, segmenter
 from protonb.labels import CITYSCAPES, IGNORE
+from protonb.methods import Job, train
 from protonb.mixing import mix_masks
+from protonb.pixel_losses import edge_loss
 from protonb.streets import REAL, SYNTHETIC, Streets
+from protonb.teachers import update_average
 from protonb.training import Diverged, Train, checkpoints, read_metrics, read_states
 from protonb.transforms import normalize
 from protonb.weak_labels import WeakLabels
-from protonb.weighted_prototypes import PrototypeMemory, contrast
+from protonb.weighted_prototypes import PrototypeMemory, contrast, merge_labels
+from protonb.windows import WDASS_TARGET_WINDOW, Window, draw, cut, to_base
 
 K, D = 19, 6
-VIEW = W.WDASSView(0, 0, 0, 0, .7, 1.4, 32, 48)
+def through(low, high, height, width, **kw):
+    "Settings of a window that counts from the image's own size."
+    w = replace(WDASS_TARGET_WINDOW, base_height=0, base_width=0, low=low, high=high, crop_height=height, crop_width=width, **kw)
+    return dict(window=w, source_height=0, source_width=0)
 QUIET = W.Mix(mask_rows=(0, 0), threshold=.3, colour_p=0., blur_p=0.)
-TINY = W.WDASS(warm=-1, rampup=1, length=50, lr=.01, view=VIEW, mix=QUIET, contrast=W.Contrasts(sure=.1, easy=.1, least=2, most=3))
+TINY = W.WDASS(warm=-1, rampup=1, length=50, lr=.01, **through(.7, 1.4, 32, 48), mix=QUIET, contrast=W.Contrasts(sure=.1, easy=.1, least=2, most=3))
 
 class Tiny(nn.Module):
     "Features and logits at a quarter of the image, batch norm in between."
@@ -53,7 +61,7 @@ def batch(seed=0, B=2, labels='coarse'):
 def parts(cfg=TINY, seed=0, net=Tiny):
     torch.manual_seed(seed)
     net = net().train()
-    return net, W.slow_copy(net, cfg), PrototypeMemory(net.num_classes, net.channels), *W.optimizer_for(net, cfg)
+    return net, W.slow_copy(net, cfg), PrototypeMemory(net.num_classes, net.channels), *W.sgd_and_schedule(net, cfg)
 
 def gradients(net): return {n: None if p.grad is None else p.grad.clone() for n, p in net.named_parameters()}
 
@@ -64,15 +72,16 @@ def step(cfg, b, seed=0, ready=None, **kw):
 # Rates and groups
 
 def test_rates_of_the_spec():
-    cfg = W.WDASS()
+    rates = lambda cfg: W.sgd_and_schedule(Tiny(), cfg)[1].lr_lambdas[0]
+    cfg, rate = W.WDASS(), rates(W.WDASS())
     for n, want in ((0, 0.), (1499, 2.4983e-3), (1500, 2.4775e-3), (75_000, 1.3397e-3)):
-        assert cfg.lr*W.rate(n, cfg) == pytest.approx(want, abs=5e-8), n
-    old = W.WDASS(first_step_full_lr=True)
-    assert [W.rate(n, old) for n in (0, 1, 2, 1501)] == [1., W.rate(0, cfg), W.rate(1, cfg), W.rate(1500, cfg)]
+        assert cfg.lr*rate(n) == pytest.approx(want, abs=5e-8), n
+    old = rates(W.WDASS(first_step_full_lr=True))
+    assert [old(n) for n in (0, 1, 2, 1501)] == [1., rate(0), rate(1), rate(1500)]
 
 def test_groups_and_what_the_optimizer_uses():
     net = wdass_small(width=8, channels=8)
-    opt, sched = W.optimizer_for(net, W.WDASS(first_step_full_lr=True))
+    opt, sched = W.sgd_and_schedule(net, W.WDASS(first_step_full_lr=True))
     assert [g['lr'] for g in opt.param_groups] == pytest.approx([2.5e-3, 2.5e-3, 2.5e-2, 2.5e-2])
     assert [g['weight_decay'] for g in opt.param_groups] == [1e-4, 0, 1e-4, 0]
     assert [len(g['params']) for g in opt.param_groups][2:] == [5, 5] and opt.param_groups[0]['momentum'] == .9
@@ -140,7 +149,7 @@ def edge_case(seed, B=3, H=10, W=12, loud=1.):
 def test_edge_loss_is_the_released_one(seed):
     z, y = edge_case(seed, loud=.3)
     noise = lambda: torch.Generator().manual_seed(7)
-    got, want = W.edge_loss(z, y, noise()), plain_edges(z, y, noise())
+    got, want = edge_loss(z, y, noise()), plain_edges(z, y, noise())
     assert got.item() == pytest.approx(want.item(), abs=1e-6)
     a, b = (torch.autograd.grad(3*l, z)[0] for l in (got, want))
     assert torch.allclose(a, b, atol=1e-7, rtol=1e-4) and b.abs().max() > 1e-4
@@ -151,22 +160,22 @@ def test_edges_share_one_maximum():
     y[0] = 1
     z = torch.cat([torch.zeros_like(z[:1]), 50*F.one_hot(y[1:].clamp(max=4), 5).movedim(-1, 1).float()]).detach()
     noise = lambda: torch.Generator().manual_seed(1)
-    both = W.edge_loss(z, y, noise())
+    both = edge_loss(z, y, noise())
     assert both.item() == pytest.approx(plain_edges(z, y, noise()).item(), abs=1e-6)
-    assert both != W.edge_loss(z.flip(0), y.flip(0), noise())    # every image has noise of its own
+    assert both != edge_loss(z.flip(0), y.flip(0), noise())    # every image has noise of its own
 
 def test_masked_edges_ignore_what_has_no_label():
     z, y = edge_case(1)
     y[:, :, 6:] = IGNORE
     noise = lambda: torch.Generator().manual_seed(1)
-    loss = W.edge_loss(z, y, noise(), ignore='mask')
+    loss = edge_loss(z, y, noise(), ignore='mask')
     grad = torch.autograd.grad(loss, z)[0]
-    assert loss != W.edge_loss(z, y, noise()) and grad[..., 6:].abs().max() == 0 and grad[..., :5].abs().max() > 0
+    assert loss != edge_loss(z, y, noise()) and grad[..., 6:].abs().max() == 0 and grad[..., :5].abs().max() > 0
     y[:] = IGNORE
-    assert W.edge_loss(z, y, noise(), ignore='mask') == 0
+    assert edge_loss(z, y, noise(), ignore='mask') == 0
     road = torch.where(y == IGNORE, 0, y)
     flat = torch.zeros_like(z)
-    assert W.edge_loss(z, y, noise()) == W.edge_loss(flat, road, noise())   # parity: an ignored image is a road
+    assert edge_loss(z, y, noise()) == edge_loss(flat, road, noise())   # parity: an ignored image is a road
 
 # Weights, mixing
 
@@ -184,7 +193,7 @@ def test_weak_weight_and_rows():
     net, teacher, *_ = parts()
     x, weak, _ = b['target']
     given = weak != IGNORE
-    says = lambda **kw: W.teacher_view(teacher, x, weak, replace(TINY, mix=W.Mix(**kw)))
+    says = lambda **kw: W.teacher_predictions(teacher, x, weak, replace(TINY, mix=W.Mix(**kw)))
     none, some = says(threshold=1.01), says(threshold=1.01, weak_weight=1.)
     assert none.weight.eq(0).all() and some.weight.equal(given.float())
     assert none.labels[given].equal(weak[given]) and (none.labels != IGNORE).all()
@@ -192,21 +201,21 @@ def test_weak_weight_and_rows():
 def test_the_mix_pastes_image_label_and_weight_alike():
     b = batch(2)
     _, teacher, *_ = parts()
-    said = W.teacher_view(teacher, *b['target'][:2], TINY)
-    x, y, w = W.mixed_batch(b['source'], b['target'][0], said, TINY, np.random.default_rng(0), torch.Generator().manual_seed(0))
+    predictions = W.teacher_predictions(teacher, *b['target'][:2], TINY)
+    x, y, w = W.mixed_batch(b['source'], b['target'][0], predictions, TINY, np.random.default_rng(0), torch.Generator().manual_seed(0))
     mask = mix_masks(b['source'][1], torch.Generator().manual_seed(0))
     assert 0 < mask.float().mean() < 1
     want = torch.where(mask[:, None], b['source'][0], b['target'][0]).float()
     assert torch.allclose(x, want, atol=1e-3)
-    assert y.equal(torch.where(mask, b['source'][1], said.labels)) and w.equal(torch.where(mask, 1., said.weight))
+    assert y.equal(torch.where(mask, b['source'][1], predictions.labels)) and w.equal(torch.where(mask, 1., predictions.weight))
 
 def test_colours_and_blur_have_their_probabilities():
     b = batch(2)
     _, teacher, *_ = parts()
-    said = W.teacher_view(teacher, *b['target'][:2], TINY)
+    predictions = W.teacher_predictions(teacher, *b['target'][:2], TINY)
     def mixed(**kw):
         cfg = replace(TINY, mix=replace(QUIET, **kw))
-        return W.mixed_batch(b['source'], b['target'][0], said, cfg, np.random.default_rng(3), torch.Generator().manual_seed(0))[0]
+        return W.mixed_batch(b['source'], b['target'][0], predictions, cfg, np.random.default_rng(3), torch.Generator().manual_seed(0))[0]
     plain, colour, blur = mixed(), mixed(colour_p=1.), mixed(blur_p=1.)
     assert not torch.allclose(plain, colour, atol=2) and not torch.allclose(plain, blur, atol=2)
     assert colour.min() >= 0 and colour.max() <= 255.001
@@ -232,8 +241,8 @@ def plain_step(cfg, ready, b, n=0, seed=0):
     phat, yhat = z_e.softmax(1).max(1)
     p_e, c_e = a_e.softmax(1).max(1)
     c_e = torch.where(p_e < cfg.contrast.sure, IGNORE, c_e)
-    W.remember(memory, 'target', f_e, y_w, c_e, cfg)
-    W.remember(memory, 'source', f_s.detach(), y_s, None, cfg)
+    W.update_memory(memory, 'target', f_e, y_w, c_e, cfg)
+    W.update_memory(memory, 'source', f_s.detach(), y_s, None, cfg)
     terms = dict(source=ce(z_s, y_s))
     if cfg.labels != 'image':
         terms['target'] = ce(z_t, y_w)
@@ -242,11 +251,11 @@ def plain_step(cfg, ready, b, n=0, seed=0):
     terms['image'] = F.binary_cross_entropy_with_logits(v(z_t), tags.float())
     terms['image_proto'] = F.binary_cross_entropy_with_logits(v(torch.einsum('bdhw,kd->bkhw', f_t, memory.target)), tags.float())
     (p_t, c_t), (p_s, c_s) = (a.detach().softmax(1).max(1) for a in (a_t, a_s))
-    terms['real'] = contrast(W.within(f_t, y_w, c_t, c_t, p_t, cfg.contrast, gen), memory.target)
+    terms['real'] = contrast(W.intra_domain(f_t, y_w, c_t, c_t, p_t, cfg.contrast, gen), memory.target)
     terms['edge'] = plain_edges(z_s, y_s, gen)
-    said = W.Said(f_e, c_e, p_e, None, None)
-    terms['inter'] = contrast(W.across(f_s, y_s, c_s, p_s, y_w, said, cfg.contrast, gen), memory.target, source_images=len(f_s))
-    terms['syn'] = contrast(W.within(f_s, y_s, c_s, c_s, p_s, cfg.contrast, gen), memory.source)
+    predictions = W.Predictions(f_e, c_e, p_e, None, None)
+    terms['inter'] = contrast(W.inter_domain(f_s, y_s, c_s, p_s, y_w, predictions, cfg.contrast, gen), memory.target, source_images=len(f_s))
+    terms['syn'] = contrast(W.intra_domain(f_s, y_s, c_s, c_s, p_s, cfg.contrast, gen), memory.source)
     mask = mix_masks(y_s, gen)
     q = (phat >= cfg.mix.threshold).float()
     M = torch.where(mask, 1., q*q.mean())
@@ -301,11 +310,11 @@ def test_gradient_routes():
     b, cfg = batch(5), TINY
     net, teacher, memory, opt, sched = parts()
     x, weak, tags = b['target']
-    said = W.teacher_view(teacher, x, weak, cfg)
-    assert not any(t.requires_grad for t in vars(said).values()) and not any(p.requires_grad for p in teacher.parameters())
-    W.remember(memory, 'target', said.features, weak, said.cells, cfg)
+    predictions = W.teacher_predictions(teacher, x, weak, cfg)
+    assert not any(t.requires_grad for t in vars(predictions).values()) and not any(p.requires_grad for p in teacher.parameters())
+    W.update_memory(memory, 'target', predictions.features, weak, predictions.cells, cfg)
     gen = torch.Generator().manual_seed(0)
-    terms, f_s = W.source_terms(net, memory, b['source'], weak, said, cfg, False, gen)
+    terms, f_s = W.source_terms(net, memory, b['source'], weak, predictions, cfg, False, gen)
     for k in 'inter', 'syn':
         g = torch.autograd.grad(terms[k], f_s, retain_graph=True)[0]
         assert g.abs().sum() > 0, k
@@ -321,15 +330,15 @@ def test_inter_moves_source_to_target_and_never_the_reverse():
     b, cfg = batch(6), TINY
     net, teacher, memory, *_ = parts()
     x, weak, _ = b['target']
-    said = W.teacher_view(teacher, x, weak, cfg)
-    W.remember(memory, 'target', said.features, weak, said.cells, cfg)
+    predictions = W.teacher_predictions(teacher, x, weak, cfg)
+    W.update_memory(memory, 'target', predictions.features, weak, predictions.cells, cfg)
     f = F.normalize(torch.randn(2, D, 8, 12, generator=torch.Generator().manual_seed(0)), dim=1).requires_grad_()
     cells, p = torch.zeros(2, 8, 12, dtype=torch.long), torch.ones(2, 8, 12)
-    drawn = W.across(f, b['source'][1], cells, p, weak, said, cfg.contrast, torch.Generator().manual_seed(0))
+    drawn = W.inter_domain(f, b['source'][1], cells, p, weak, predictions, cfg.contrast, torch.Generator().manual_seed(0))
     assert (drawn.images[drawn.images >= 0] >= 2).any() and (drawn.images == 0).any()
     g = torch.autograd.grad(contrast(drawn, memory.target, source_images=2), f)[0]
     moved = F.normalize(f - .5*g/g.abs().max(), dim=1)
-    own = W.merge_labels(b['source'][1], None, (8, 12))
+    own = merge_labels(b['source'][1], None, (8, 12))
     at = own[g.abs().sum(1) > 0]
     near = lambda f: (f.permute(0, 2, 3, 1)[g.abs().sum(1) > 0]*memory.target[at]).sum(1)
     assert (at != IGNORE).all() and near(moved).mean() > near(f).mean()
@@ -355,7 +364,7 @@ def test_teacher_follows_parameters_and_statistics():
     net, teacher, *_ = parts()
     for t in net.state_dict().values(): t.add_(1) if t.is_floating_point() else t.fill_(9)
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
-    W.update_average(teacher, net, .9, statistics=True)
+    update_average(teacher, net, .9, statistics=True)
     for k, v in teacher.state_dict().items():
         if v.is_floating_point(): assert torch.allclose(v, before[k]+.1, atol=1e-6), k
         else: assert v == 9
@@ -413,19 +422,19 @@ def test_empty_classes_keep_or_lose_their_prototype():
     for empty, left in (('keep', 1.), ('zero', 0.)):
         memory = PrototypeMemory(K, D)
         memory.target.fill_(1.)
-        W.remember(memory, 'target', f, weak, cells, replace(TINY, labels='point', contrast=W.Contrasts(empty=empty)))
+        W.update_memory(memory, 'target', f, weak, cells, replace(TINY, labels='point', contrast=W.Contrasts(empty=empty)))
         assert memory.target[2].eq(left).all() and memory.target[[0, 1, 3]].eq(1).all()
 
 def test_source_predictions_name_the_unlabelled_cells():
     f = F.normalize(torch.randn(1, D, 8, 12, generator=torch.Generator().manual_seed(0)), dim=1)
     y, cells = torch.full((1, 32, 48), IGNORE), torch.full((1, 8, 12), 4)
     y[:, :16] = 1
-    draw = lambda fill: W.within(f, y, fill, cells, torch.ones(1, 8, 12), TINY.contrast, torch.Generator().manual_seed(0))
+    draw = lambda fill: W.intra_domain(f, y, fill, cells, torch.ones(1, 8, 12), TINY.contrast, torch.Generator().manual_seed(0))
     assert set(draw(cells).labels.tolist()) - {IGNORE} == {1, 4} and set(draw(None).labels.tolist()) - {IGNORE} == {1}
     logs = [step(replace(TINY, contrast=replace(TINY.contrast, source_predictions=s)), batch(3))[0] for s in (True, False)]
     assert logs[0]['syn'] != logs[1]['syn'] and logs[0]['source'] == logs[1]['source']
 
-@pytest.mark.parametrize('change', [dict(image_loss='saturating'), dict(edge_ignore='mask'), dict(edge=0.), dict(teacher='independent')])
+@pytest.mark.parametrize('change', [dict(contrast=replace(TINY.contrast, image_loss='saturating')), dict(edge_ignore='mask'), dict(edge=0.), dict(teacher='independent')])
 def test_flags_reach_the_step(change):
     "Loud logits, so that the forms of the image loss part."
     torch.manual_seed(0)
@@ -437,14 +446,15 @@ def test_flags_reach_the_step(change):
     old, new = (step(c, b, ready=parts(c, net=loud))[0] for c in (TINY, replace(TINY, **change)))
     if 'edge' in change: assert 'edge' in old and 'edge' not in new
     else:
-        k = dict(image_loss='image', edge_ignore='edge', teacher='mix')[next(iter(change))]
+        k = dict(contrast='image', edge_ignore='edge', teacher='mix')[next(iter(change))]
         assert old[k] != new[k] and old['source'] == new['source'] and old['target'] == new['target']
 
 def test_wrong_choices_are_named():
     with pytest.raises(InputError, match="labels is 'points', but must be one of coarse, point, image"): W.WDASS(labels='points')
     with pytest.raises(InputError, match='empty is'): W.Contrasts(empty='drop')
-    with pytest.raises(InputError, match='expected a size, or 0 and 0'): W.WDASSView(source_height=0)
-    with pytest.raises(InputError, match='low is'): W.WDASSView(low=0.)
+    with pytest.raises(InputError, match='expected a size, or 0 and 0'): W.WDASS(source_height=0)
+    with pytest.raises(InputError, match='low is'): W.WDASS(window=Window(low=0.))
+    with pytest.raises(InputError, match='jitter is'): W.WDASS(jitter=.6)
 
 # The samples
 
@@ -457,8 +467,8 @@ def ramp(H, W):
 @pytest.mark.parametrize('seed', range(6))
 def test_a_window_is_the_window_of_the_whole_scaled_image(seed):
     image, label = ramp(60, 90)
-    cfg = W.WDASSView(crop_height=40, crop_width=44, low=.4, high=1.6, flip_p=.5)
-    got, ids = W.window(image, label, np.random.default_rng(seed), cfg)
+    window = through(.4, 1.6, 40, 44)['window']
+    got, ids = cut(image, label, draw(window, image.shape[1:], np.random.default_rng(seed), label), window.resample)
     rng = np.random.default_rng(seed)
     s = rng.uniform(.4, 1.6)
     h, w = int(60*s), int(90*s)
@@ -482,41 +492,46 @@ def test_points_survive_the_first_resize():
     image, _ = ramp(64, 128)
     label = torch.full((64, 128), IGNORE)
     for k in range(10): label[6*k+1, 12*k] = k
-    small, moved = W.to_base(image, label, (32, 64), points=True)
+    small, moved = to_base(image, label, (32, 64), points=True)
     assert small.shape == (3, 32, 64) and sorted(moved[moved != IGNORE].tolist()) == list(range(10))
     assert all(moved[(6*k+1)//2, 6*k] == k for k in range(10))
-    _, lost = W.to_base(image, label, (32, 64))
+    _, lost = to_base(image, label, (32, 64))
     assert (lost != IGNORE).sum() < 10
-    assert W.to_base(image, label, None)[1] is label
+    assert to_base(image, label, None)[1] is label
     half = label[::2, ::2]
-    assert W.to_base(image, half, None)[1].shape == (64, 128)          # a label of another size comes to the image's
+    assert to_base(image, half, None)[1].shape == (64, 128)          # a label of another size comes to the image's
 
 def test_tags_of_window_or_image():
     image, label = ramp(64, 128)
     ds = Items([(image, label)])
-    view = W.WDASSView(0, 0, 0, 0, 1., 1., 16, 16, jitter=0.)
     for scope in 'crop', 'image':
-        make = W.target_samples(ds, W.WDASS(view=view, image_label_scope=scope), 0)
+        make = W.weak_pairs(ds, ds, W.WDASS(**through(1., 1., 16, 16), jitter=0., image_label_scope=scope), 0)
         for i in range(5):
-            _, weak, tags = make(i)
+            _, weak, tags = make(i)['target']
             seen = set((weak if scope == 'crop' else label).unique().tolist()) - {IGNORE}
             assert set(tags.nonzero().flatten().tolist()) == seen and tags.shape == (K,) and tags.dtype == torch.bool
 
 def test_image_labels_leave_no_map():
     image, label = ramp(64, 128)
-    view = W.WDASSView(0, 0, 0, 0, .8, 1.5, 32, 32)
+    ds = Items([(image, label)])
+    make = lambda labels: W.weak_pairs(ds, ds, W.WDASS(**through(.8, 1.5, 32, 32), labels=labels), 0)
     for i in range(4):
-        x, weak, tags = W.target_samples(Items([(image, label)]), W.WDASS(view=view, labels='image'), 0)(i)
-        x2, weak2, tags2 = W.target_samples(Items([(image, label)]), W.WDASS(view=view), 0)(i)
+        x, weak, tags = make('image')(i)['target']
+        x2, weak2, tags2 = make('coarse')(i)['target']
         assert weak.eq(IGNORE).all() and not weak2.eq(IGNORE).all() and tags.equal(tags2) and tags.any() and x.equal(x2)
 
 def test_jitter_and_streams():
     image, label = ramp(64, 96)
     ds = Items([(image, label)]*3)
-    view = W.WDASSView(0, 0, 0, 0, 1., 1., 64, 96, flip_p=0., jitter=0.)
-    assert W.source_samples(ds, W.WDASS(view=view))(0)[0].equal(image)
-    loud = W.source_samples(ds, W.WDASS(view=replace(view, jitter=.25)))
+    source = lambda jitter: lambda i: W.weak_pairs(ds, ds, W.WDASS(**through(1., 1., 64, 96, flip_p=0.), jitter=jitter))(i)['source']
+    assert source(0.)(0)[0].equal(image)
+    loud = source(.25)
     assert not loud(0)[0].equal(image) and loud(0)[1].equal(label) and loud(4)[0].equal(loud(4)[0]) and not loud(4)[0].equal(loud(5)[0])
+
+def test_a_window_that_fits_no_image_is_refused_by_name():
+    ds = Items([ramp(64, 96)]*3)
+    assert W.weak_pairs(ds, ds, W.WDASS(**through(.5, 1., 65, 64)))(0)['source'][0].shape == (3, 65, 64)       # stands in a black frame
+    with pytest.raises(InputError, match='0: is 64x96, too small for the window'): W.weak_pairs(ds, ds, W.WDASS(**through(.5, 1., 65, 64, pad=False)))
 
 # Runs
 
@@ -527,10 +542,14 @@ def run(steps=5, **kw): return Train(steps=steps, batch_size=2, device='cpu', lo
 
 SHORT = replace(TINY, warm=1, mix=replace(QUIET, colour_p=.8, blur_p=.5))
 
+def adapt(source, target, net, cfg, run, run_dir):
+    done = train(Job(W.METHOD, cfg, run, run_dir, net, source, target, progress=False))
+    return {k: done[k] for k in ('step', 'finished')}
+
 def whole(home, streets, cfg=SHORT, target=None, **kw):
     torch.manual_seed(0)
     net = Tiny()
-    done = W.train(streets[0], target or WeakLabels(streets[1], cfg.labels), net, cfg, run(**kw), run_dir=home, progress=False)
+    done = adapt(streets[0], target or WeakLabels(streets[1], cfg.labels), net, cfg, run(**kw), home)
     return done, net
 
 @pytest.fixture(scope='module')
@@ -573,9 +592,9 @@ def test_any_network_with_features(tmp_path, streets, net):
     torch.manual_seed(0)
     net = net()
     cfg = replace(SHORT, labels='point', warm=0)
-    done = W.train(streets[0], WeakLabels(streets[1], 'point'), net, cfg, run(2), run_dir=tmp_path, progress=False)
+    done = adapt(streets[0], WeakLabels(streets[1], 'point'), net, cfg, run(2), tmp_path)
     assert done['finished'] and all(torch.isfinite(v).all() for v in net.state_dict().values())
-    z = W.segmenter(net)(torch.stack([streets[1][0][0]]))
+    z = segmenter(net, Feed(enlarge='centred'))(torch.stack([streets[1][0][0]]))
     assert z.shape == (1, 19, 48, 96)
 
 def test_a_run_that_diverges_says_so(tmp_path, streets):
@@ -611,7 +630,7 @@ def processes(home):
             kept.append(memory)
             return real(net, teacher, memory, *a, **k)
         W.step = step
-        try: W.train(source, WeakLabels(target, 'coarse'), net, cfg, run(3), run_dir=f'{home}/{name}', progress=False)
+        try: adapt(source, WeakLabels(target, 'coarse'), net, cfg, run(3), f'{home}/{name}')
         except KeyboardInterrupt: return
         finally: W.step = real
         torch.save(dict(net={k: v.detach() for k, v in net.named_parameters()}, memory=kept[-1].state_dict()), f'{home}/{name}_{rank}.pt')
@@ -641,8 +660,8 @@ def test_several_points_of_a_class_need_room_and_a_larger_scale_makes_its_own():
     features,cells = F.normalize(torch.randn(1, D, 6, 6), dim=1),torch.zeros(1, 6, 6, dtype=torch.long)
     def moved(clicks=1, high=2.):
         memory = PrototypeMemory(3, D)
-        cfg = W.WDASS(labels='point', contrast=W.Contrasts(clicks=clicks), view=W.WDASSView(high=high))
-        W.remember(memory, 'target', features, labels, cells, cfg)
+        cfg = W.WDASS(labels='point', contrast=W.Contrasts(clicks=clicks), window=replace(WDASS_TARGET_WINDOW, high=high))
+        W.update_memory(memory, 'target', features, labels, cells, cfg)
         return memory.target
     with pytest.raises(ValueError, match='room'): moved()
     assert moved(clicks=9).any() and moved(high=6.).any()                   # a point enlarged six times is 36 pixels
