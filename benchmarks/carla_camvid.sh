@@ -8,7 +8,7 @@ data=${1:?give the folder that holds carla/, camvid/ and weights/}
 out=${2:-runs}
 protonb=$(dirname "$0")/../.venv/bin/protonb
 [ -x "$protonb" ] || protonb=protonb
-common=(--net dip_mobilenetv2 --classes camvid
+common=(--net dip_mobilenetv2 --classes camvid --recipe released
         --crop-height 225 --crop-width 305 --lr 0.02 --checkpoint-every 100 --val "camvid:$data/camvid")
 source="carla:$data/carla,size=300x400,cache=true"
 "$protonb" train source-only --source "$source" --out "$out/carla" --steps 300 --batch-size 2 \
