@@ -1,6 +1,6 @@
 """What a step of each method costs beside the bare forward and backward passes of its networks.
 
-    python benchmarks/steps.py [--only wdass pixda] [--rounds 9] [--threads 2] [--write]
+    python benchmarks/steps.py [--only wdass pixda] [--net mobilenetv2] [--rounds 9] [--threads 2] [--write]
 
 A stage is run up to its first step. Each call of a network in it is noted (which network, which images, with or without a gradient), and then replayed alone: forward, and backward from
 a gradient of ones where the step went backward. Step and replay take turns in one process; the ratio is of medians. What is above 1 is losses, averages, the optimizer and the mixing of images.
@@ -19,8 +19,8 @@ from torch import nn
 
 from protonb import methods
 from protonb.core import atomic_path
-from protonb.deeplab import pbal_small
-from protonb.dip_net import dip_small
+from protonb.deeplab import pbal_mobilenetv2, pbal_small
+from protonb.dip_net import dip_mobilenetv2, dip_small
 from protonb.labels import CITYSCAPES
 from protonb.recipes import Situation
 from protonb.runs import METHODS, space_to_dict
@@ -29,8 +29,9 @@ from protonb.training import Train, seed_everything
 from protonb.weak_labels import WeakLabels
 
 RESULTS = Path(__file__).resolve().parent/'steps.csv'
-COLUMNS = ['method', 'stage', 'shape', 'device', 'threads', 'step_ms', 'bare_ms', 'ratio', 'torch', 'date', 'command']
+COLUMNS = ['method', 'stage', 'net', 'shape', 'device', 'threads', 'step_ms', 'bare_ms', 'ratio', 'torch', 'date', 'command']
 H, W, BATCH = 193, 385, 4
+NETS = dict(small=(dip_small, pbal_small), mobilenetv2=(dip_mobilenetv2, pbal_mobilenetv2))   # without and with a classifier
 
 
 class Calls:
@@ -73,13 +74,13 @@ def measured(step, batch, rounds):
     return [statistics.median(t) for t in times.values()]
 
 
-def stages(m, rounds):
+def stages(m, net, rounds):
     "Each stage of a method: name, milliseconds of a step and of the bare passes."
     size, rows = (H, W), []
     source, target = (Streets(d, 8, size=size) for d in (SYNTHETIC, REAL))
     if m.target == 'weak': target = WeakLabels(target, 'coarse', seed=0, least=20)
     seed_everything(0, 'init')
-    net = dip_small() if m.networks == 'features' else pbal_small()
+    net = NETS[net][m.networks != 'features'](num_classes=None if m.networks == 'features' else 19)
     cfg = m.fitted(Situation(400, BATCH, H, W, 19, 8, 'trained', tiny=True))
     if m.name == 'wdass': cfg = replace(cfg, warm=0)
 
@@ -92,10 +93,10 @@ def stages(m, rounds):
                                   source, target, lambda: copy.deepcopy(net), dict(net='small', space=space_to_dict(CITYSCAPES)), begin='before', progress=False)
 
 
-def measure(name, rounds):
+def measure(name, net, rounds):
     "All stages of a method."
     import sys
-    fit, rows, job = stages(METHODS[name], rounds)
+    fit, rows, job = stages(METHODS[name], net, rounds)
     users = [mod for n, mod in sys.modules.items() if n.startswith('protonb.') and getattr(mod, 'fit', None) is methods.fit]
     real = methods.fit
     for mod in users: mod.fit = fit
@@ -108,6 +109,7 @@ def measure(name, rounds):
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     p.add_argument('--only', nargs='+', choices=list(METHODS), default=list(METHODS))
+    p.add_argument('--net', choices=list(NETS), default='mobilenetv2')
     p.add_argument('--rounds', type=int, default=9)
     p.add_argument('--threads', type=int, default=2)
     p.add_argument('--write', action='store_true', help='keep the rows in steps.csv')
@@ -115,13 +117,13 @@ def main():
     torch.set_num_threads(args.threads)
     made = []
     for name in args.only:
-        for stage, step, bare in measure(name, args.rounds):
+        for stage, step, bare in measure(name, args.net, args.rounds):
             print(f'{name:12} {stage:12} step {step:7.1f} ms   bare passes {bare:7.1f} ms   {step/bare:5.2f}', flush=True)
-            made.append(dict(method=name, stage=stage, shape=f'{BATCH}x3x{H}x{W}', device='cpu', threads=args.threads, step_ms=f'{step:.1f}', bare_ms=f'{bare:.1f}',
-                             ratio=f'{step/bare:.2f}', torch=torch.__version__, date=time.strftime('%Y-%m-%d'), command='python benchmarks/steps.py --write'))
+            made.append(dict(method=name, stage=stage, net=args.net, shape=f'{BATCH}x3x{H}x{W}', device='cpu', threads=args.threads, step_ms=f'{step:.1f}', bare_ms=f'{bare:.1f}',
+                             ratio=f'{step/bare:.2f}', torch=torch.__version__, date=time.strftime('%Y-%m-%d'), command=f'python benchmarks/steps.py --net {args.net} --write'))
     if not args.write: return
     rows = list(csv.DictReader(open(RESULTS, newline=''))) if RESULTS.exists() else []
-    rows = [r for r in rows if r['method'] not in args.only] + made
+    rows = [r for r in rows if r['method'] not in args.only or r['net'] != args.net or r['threads'] != str(args.threads)] + made
     with atomic_path(RESULTS) as path, open(path, 'w', newline='') as f:
         out = csv.DictWriter(f, COLUMNS, lineterminator='\n')
         out.writeheader()
