@@ -28,7 +28,7 @@ from .pages import Demo, demo, make_report
 from .prototypes import class_prototypes, save_prototypes
 from .recipes import choice_table, never_heard
 from .runs import (ADAPTABLE, METHODS, Stopped, build_net, device_of, go_on, look_name, open_run, read_config, read_scores, ready,
-                          score, space_to_dict)
+                          score, space_to_dict, stages_of)
 from .training import Train, accelerator_for, versions
 
 # %% ../nbs/07_shell/02_cli.ipynb #4aa7dc74
@@ -51,7 +51,8 @@ def _about(o, m, target):
     if m.target in ('few', 'support'):
         print(f'{len(target)} labelled target images')
         told['images'] = list(target.names)
-    return told | (dict(weak=o.data.weak) if m.target == 'weak' else {})
+    how = {k: str(v) for k in ('begin', 'fresh') if (v := getattr(o, k, None)) is not None}      # where stages begin, of several stages
+    return told | how | (dict(weak=o.data.weak) if m.target == 'weak' else {})
 
 # %% ../nbs/07_shell/02_cli.ipynb #49f241ea
 def _start(o, m):
@@ -84,6 +85,7 @@ def open_job(
 def announce(o):
     "What was chosen, and what of it will not come into effect."
     if getattr(o, 'recipe', '') == 'fitted' and (table := choice_table(o.method.settings(), o.hyper)): print(table)
+    if getattr(o, 'begin', '') == 'before': print('stages go on from the weights of the stage before (--begin before)')
     if getattr(o, 'recipe', '') == 'released' and (o.train.steps, o.train.batch_size) != (want := (o.method.steps, o.method.batch_size)):
         print(f'recipe released: made for {want[0]:,} steps of {want[1]} images, this run has {o.train.steps:,} of {o.train.batch_size}')
     for sentence in never_heard(o.hyper, o.train.steps): print(f'note: {sentence}')
@@ -94,9 +96,11 @@ def train(
     "protonb train NAME"
     job,val = open_job(o)
     announce(o)
-    go_on(methods.train(job, getattr(o, 'until', '')))
-    acc = accelerator_for(o.train)
-    if val is not None and acc.is_main_process: score(open_run(o.out, acc.device), val, f'{o.val} val')
+    done,acc = methods.train(job, getattr(o, 'until', '')),accelerator_for(o.train)
+    go_on(done)
+    if val is not None and acc.is_main_process:
+        stage = done['stage'] if done['stage'] in stages_of(o.out) else None         # some stages train nothing
+        score(open_run(o.out, acc.device, stage=stage), val, f'{o.val} val')
     return 0
 
 # %% ../nbs/07_shell/02_cli.ipynb #c40edf76
@@ -132,8 +136,9 @@ def method_help(m):
     "The words of an example, and where the rest of the options is."
     start = EXAMPLE[m.source] + ('' if m.target == 'none' else '--target cityscapes:/data/cityscapes ' + EXAMPLE[m.target])
     more = '' if m.source == 'model' else ' --weights ' + ('resnet101.pth' if m.target in ('none', 'unlabelled') else 'runs/source')
-    released = f'recipe released: made for {m.steps:,} steps of {m.batch_size} images' if m.fitted else ''
-    return f'{m.about}\n\nexample:\n  protonb train {m.name} {start}--out runs/{m.name}{more}\n\nall settings: --help-all\n{released}'
+    released = (f'Defaults below are the released ones, made for {m.steps:,} steps of {m.batch_size} images; the recipe `fitted` '
+                'prints what it puts in their place.') if m.fitted else ''
+    return f'{m.about}\n\nexample:\n  protonb train {m.name} {start}--out runs/{m.name}{more}\n\nall settings: --help-all\n\n{released}'
 
 def train_words(
     words:list,  # What stands behind `protonb train`

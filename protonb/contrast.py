@@ -165,12 +165,11 @@ class _Contrast(torch.autograd.Function):
     def backward(ctx, g, _):
         if g is None: return (None,)*8
         q,k,y,t,key_weights,stats = ctx.saved_tensors
-        dq = dk = None
-        if ctx.needs_input_grad[0]:
-            dq,ctx.dq = ctx.dq,None
-            if dq is None: dq = contrast_fwd(q, y, k, t, key_weights, ctx.temperature, ctx.ignore_index, True)[2]
-            dq.mul_(g[:,None])
-        if ctx.needs_input_grad[1]: dk = contrast_bwd(g, q, y, k, t, key_weights, stats, ctx.temperature, ctx.ignore_index)
+        (dq,ctx.dq),dk,how = (ctx.dq,None),None,(ctx.temperature, ctx.ignore_index)
+        with full_precision(g):                                        # backward may be called inside autocast
+            if ctx.needs_input_grad[0] and dq is None: dq = contrast_fwd(q, y, k, t, key_weights, *how, True)[2]
+            if ctx.needs_input_grad[1]: dk = contrast_bwd(g, q, y, k, t, key_weights, stats, *how)
+        dq = dq.mul_(g[:,None]) if ctx.needs_input_grad[0] else None
         return dq, dk, *(None,)*6
 
 # %% ../nbs/02_ops/03_contrast.ipynb #63a09cff

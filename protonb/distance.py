@@ -11,7 +11,7 @@ __all__ = ['METRICS', 'squared_norms', 'inverse_norm', 'compare', 'compare_bwd',
 # %% ../nbs/02_ops/02_distance.ipynb #05ac3336
 import torch
 import torch.nn.functional as F
-from .pooling import TILE_BYTES, fit, full_precision, grid_positions, long_product, sum_type, tiles, wide
+from .pooling import RUN, TILE_BYTES, fit, full_precision, grid_positions, long_product, sum_type, tiles, wide
 
 # %% ../nbs/02_ops/02_distance.ipynb #b0b0fe7b
 def squared_norms(
@@ -146,7 +146,8 @@ class _Logits(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         need = ctx.needs_input_grad[:2]
-        return *(d if n else None for d,n in zip(logits_bwd(g, *ctx.saved_tensors, *ctx.how, *need), need)), None, None, None
+        with full_precision(g): got = logits_bwd(g, *ctx.saved_tensors, *ctx.how, *need)     # backward may be called inside autocast
+        return *(d if n else None for d,n in zip(got, need)), None, None, None
 
 # %% ../nbs/02_ops/02_distance.ipynb #a8f76166
 def prototype_logits_ref(
@@ -174,20 +175,30 @@ def first_largest(
 # %% ../nbs/02_ops/02_distance.ipynb #d15ce201
 def _equal_rows(q):
     "(G,K,K) bool from (G,K,C): [g,k,j] where row k repeats the earlier row j."
-    if q.shape[1]*q.shape[1:].numel() > 1<<22: same = torch.stack([(q == q[:,k:k+1]).all(-1) for k in range(q.shape[1])], 1)
-    else: same = (q[:,:,None] == q[:,None]).all(-1)
-    return same.tril(-1)
+    if q.device.type != 'cpu':                                     # no look at the values: every row with every other
+        if q.numel()*q.shape[1] > 1<<24: return torch.stack([(q == q[:,k:k+1]).all(-1) for k in range(q.shape[1])], 1).tril(-1)
+        return (q[:,:,None] == q[:,None]).all(-1).tril(-1)
+    word = {2: torch.int16, 4: torch.int32, 8: torch.int64}[q.element_size()]
+    bits,mix = (q+0.).contiguous().view(word).long(),torch.randint(2**62, (q.shape[2],), generator=torch.Generator().manual_seed(0))
+    sums = (bits*mix).sum(-1)                                      # integers: equal rows have equal sums, in whatever order they are added
+    same = (sums[:,:,None] == sums[:,None]).tril(-1)
+    for pairs in same.nonzero().split(max(1, (1<<20)//q.shape[2])):
+        g,k,j = pairs.T
+        same[g,k,j] = (q[g,k] == q[g,j]).all(-1)
+    return same
 
+# %% ../nbs/02_ops/02_distance.ipynb #d15ce210
 def may_win(
     q,           # (K,C) or (B,K,C) prototypes
     valid,       # (K,) or (B,K) bool, or None for all
 ):               # As `valid`, or (1,K) or (B,K) bool: without those that repeat an earlier one
     "Which prototypes take part: of equal ones the first valid one."
-    q,host = q if q.dim() == 3 else q[None], q.device.type == 'cpu'        # elsewhere a look at the values would be a wait
-    if host and not _equal_rows(q[...,:4]).any(): return valid             # four channels tell nearly all apart
+    q = q if q.dim() == 3 else q[None]
+    same = _equal_rows(q)
+    if q.device.type == 'cpu' and not same.any(): return valid      # elsewhere a look at the values would be a wait
     first = torch.ones_like(q[...,0], dtype=torch.bool) if valid is None else valid.expand(len(q), -1) if valid.dim() == 1 else valid
-    again = (_equal_rows(q) & first[:,None]).any(-1)
-    return valid if host and not again.any() else first & ~again
+    again = (same & first[:,None]).any(-1)
+    return valid if q.device.type == 'cpu' and not again.any() else first & ~again
 
 # %% ../nbs/02_ops/02_distance.ipynb #509e106b
 def _winners(t, q, valid, metric):
@@ -321,7 +332,7 @@ class _CrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         need = ctx.needs_input_grad[:2]
-        got = cross_entropy_bwd(g, *ctx.saved_tensors, *ctx.how, *need)
+        with full_precision(g): got = cross_entropy_bwd(g, *ctx.saved_tensors, *ctx.how, *need)
         return *(d if n else None for d,n in zip(got, need)), *[None]*6
 
 # %% ../nbs/02_ops/02_distance.ipynb #c1503641
@@ -341,7 +352,7 @@ def bilinear_weights(
 def resized_bands(z, H, W):
     "Walks over the logits at the size of the labels: image, first row, one past the last, logits (K,R,W), row weights, rows used."
     B,K,h,w = z.shape
-    n = max(1, (TILE_BYTES.get(z.device.type, 64<<20)//4)//(K*W*z.dtype.itemsize))
+    n = min(RUN, max(1, (TILE_BYTES.get(z.device.type, 64<<20)//4)//(K*W*z.dtype.itemsize)))   # no longer a chain than that
     wx = bilinear_weights(W, w, z.dtype, z.device).T
     for b in range(B):
         cols = z[b] if W == w else z[b]@wx                                   # (K,h,W)
@@ -353,14 +364,14 @@ def resized_bands(z, H, W):
             yield b, r, e, cols[:,r:e].clone() if wy is None else torch.bmm(wy, cols[:,i:j]), wy, slice(i, j)
 
 def collect_band(g, wy, rows, dcols):
-    "Adds the gradient (K,R,W) of a band to that of the logits at full width (K,h,W)."
-    if wy is None: dcols[:,rows] += g
-    else: dcols[:,rows].baddbmm_(wy.mT, g)
+    "Adds the gradient (K,R,W) of a band to that of the logits at full width (K,h,W), in `sum_type`."
+    dcols[:,rows] += g if wy is None else torch.bmm(wy.mT, g)
 
-def narrow_band(dcols, w):
-    "Gradient at full width (K,h,W) -> (K,h,w)."
+def narrow_band(dcols, w, dtype):
+    "Gradient at full width (K,h,W) -> (K,h,w); the product is taken in `dtype`."
     W = dcols.shape[2]
-    return dcols if W == w else dcols@bilinear_weights(W, w, dcols.dtype, dcols.device)
+    if W == w: return dcols
+    return long_product(dcols.to(dtype).flatten(0, 1), bilinear_weights(W, w, dtype, dcols.device)).unflatten(0, dcols.shape[:2])
 
 # %% ../nbs/02_ops/02_distance.ipynb #96c460bd
 def upsampled_cross_entropy_fwd(
@@ -388,11 +399,11 @@ def upsampled_cross_entropy_bwd(
     y,keep = _targets(labels, z.shape[1], valid, ignore_index)
     share,dz,dcols = _each_share(g, keep, count, reduction),torch.empty_like(z),None
     for b,r,e,up,wy,rows in resized_bands(big, *y.shape[1:]):
-        if r == 0: dcols = up.new_zeros(len(up), h, up.shape[2])
+        if r == 0: dcols = up.new_zeros(len(up), h, up.shape[2], dtype=sum_type(up))
         d = _without(up, valid, b).sub_(lse[b,r:e]).exp_()
         d.scatter_add_(0, y[b:b+1,r:e], d.new_full((), -1).expand(1, *d.shape[1:])).mul_(share[b,r:e])
         collect_band(d, wy, rows, dcols)
-        if e == y.shape[1]: dz[b] = narrow_band(dcols, w)
+        if e == y.shape[1]: dz[b] = narrow_band(dcols, w, d.dtype)
     return dz
 
 # %% ../nbs/02_ops/02_distance.ipynb #a5bce865
@@ -412,7 +423,7 @@ class _Upsampled(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         kept = ctx.saved_tensors
-        dz = kept[0]*g if len(kept) == 1 else upsampled_cross_entropy_bwd(g, *kept, *ctx.how)
+        with full_precision(g): dz = kept[0]*g if len(kept) == 1 else upsampled_cross_entropy_bwd(g, *kept, *ctx.how)
         return dz, *[None]*4
 
 # %% ../nbs/02_ops/02_distance.ipynb #c2b464d9
@@ -423,12 +434,12 @@ def _loss_and_gradient(z, labels, valid, ignore_index, reduction):
     total,dz,dcols = big.new_zeros((), dtype=sum_type(big)),torch.empty_like(z),None
     share = 1/keep.sum(dtype=big.dtype).clamp(min=1) if reduction == 'mean' else 1.
     for b,r,e,up,wy,rows in resized_bands(big, *y.shape[1:]):
-        if r == 0: dcols = up.new_zeros(K, h, up.shape[2])
+        if r == 0: dcols = up.new_zeros(K, h, up.shape[2], dtype=sum_type(up))
         up = F.log_softmax(_without(up, valid, b), 0)
         total -= torch.where(keep[b,r:e], up.gather(0, y[b:b+1,r:e])[0], 0).sum()
         d = up.exp_().scatter_add_(0, y[b:b+1,r:e], up.new_full((), -1).expand(1, *up.shape[1:]))
         collect_band(d.mul_(keep[b,r:e]), wy, rows, dcols)
-        if e == y.shape[1]: dz[b] = narrow_band(dcols, w)*share
+        if e == y.shape[1]: dz[b] = narrow_band(dcols, w, up.dtype)*share
     return (total*share).to(big.dtype), dz
 
 # %% ../nbs/02_ops/02_distance.ipynb #236def1b

@@ -187,7 +187,8 @@ def _pool_back(g:Tensor, g_mass:Optional[Tensor], x:Tensor, labels:Tensor, weigh
                ignore_index:int, per_image:bool, eps:float,
                need_x:bool, need_masks:bool, need_weights:bool) -> tuple[Tensor, Tensor, Tensor]:
     code = _halves('pooling', pooling, x, mass.shape[-1])
-    return code.pool_bwd(g, g_mass, x, labels, weights, prototypes, mass, ignore_index, per_image, eps, need_x, need_masks, need_weights)
+    wanted = need_x, need_masks, need_weights
+    with full_precision(x): return code.pool_bwd(g, g_mass, x, labels, weights, prototypes, mass, ignore_index, per_image, eps, *wanted)
 
 @_pool_back.register_fake
 def _(g, g_mass, x, labels, weights, prototypes, mass, ignore_index, per_image, eps, need_x, need_masks, need_weights):
@@ -251,7 +252,7 @@ def _(x, q, metric, scale, eps): return x.new_empty(x.shape[0], q.shape[-2], *x.
 
 @custom_op('protonb::prototype_logits_backward', mutates_args=())
 def _logits_back(g:Tensor, x:Tensor, q:Tensor, metric:str, scale:float, eps:float, need_x:bool, need_q:bool) -> tuple[Tensor, Tensor]:
-    return _halves('distance', distance, x, q.shape[-2]).logits_bwd(g, x, q, metric, scale, eps, need_x, need_q)
+    with full_precision(x): return _halves('distance', distance, x, q.shape[-2]).logits_bwd(g, x, q, metric, scale, eps, need_x, need_q)
 
 @_logits_back.register_fake
 def _(g, x, q, metric, scale, eps, need_x, need_q): return _empty(x, need_x), _empty(x, need_q, q)
@@ -332,7 +333,8 @@ def _(x, q, labels, valid, metric, scale, ignore_index, reduction): return _loss
 def _cross_entropy_back(g:Tensor, x:Tensor, q:Tensor, labels:Tensor, valid:Optional[Tensor], lse:Tensor, count:Tensor,
                         metric:str, scale:float, ignore_index:int, reduction:str, need_x:bool, need_q:bool) -> tuple[Tensor, Tensor]:
     code = _halves('distance', distance, x, q.shape[-2])
-    return code.cross_entropy_bwd(g, x, q, labels, valid, lse, count, metric, scale, ignore_index, reduction, need_x, need_q)
+    how = metric, scale, ignore_index, reduction
+    with full_precision(x): return code.cross_entropy_bwd(g, x, q, labels, valid, lse, count, *how, need_x, need_q)
 
 @_cross_entropy_back.register_fake
 def _(g, x, q, labels, valid, lse, count, metric, scale, ignore_index, reduction, need_x, need_q):
@@ -389,7 +391,7 @@ def _(z, labels, valid, ignore_index, reduction): return _loss_fakes(z, labels.s
 def _upsampled_back(g:Tensor, z:Tensor, labels:Tensor, valid:Optional[Tensor], lse:Tensor, count:Tensor,
                     ignore_index:int, reduction:str) -> Tensor:
     code = _halves('upsampling', distance, z, z.shape[1])
-    return code.upsampled_cross_entropy_bwd(g, z, labels, valid, lse, count, ignore_index, reduction)
+    with full_precision(z): return code.upsampled_cross_entropy_bwd(g, z, labels, valid, lse, count, ignore_index, reduction)
 
 @_upsampled_back.register_fake
 def _(g, z, labels, valid, lse, count, ignore_index, reduction): return torch.empty_like(z)
@@ -457,7 +459,7 @@ def _(q, y, k, t, key_weights, temperature, ignore_index, need_q):
 def _contrast_back(g:Tensor, q:Tensor, y:Tensor, k:Tensor, t:Tensor, key_weights:Optional[Tensor], stats:Tensor, temperature:float,
                    ignore_index:int, by_kernels:bool) -> Tensor:
     code = importlib.import_module('protonb.kernels.contrast') if by_kernels else contrast  # whoever wrote `stats` reads them
-    return code.contrast_bwd(g, q, y, k, t, key_weights, stats, temperature, ignore_index)
+    with full_precision(q): return code.contrast_bwd(g, q, y, k, t, key_weights, stats, temperature, ignore_index)
 
 @_contrast_back.register_fake
 def _(g, q, y, k, t, key_weights, stats, temperature, ignore_index, by_kernels): return torch.empty_like(k)

@@ -166,7 +166,7 @@ def _several(m):
     yield _option('stage_steps', tuple[tuple[Literal[tuple(names)], int], ...], 'Steps of single stages, as in: bpl 2000 pst 4000', ())
     if m.source == 'labelled':
         yield _option('begin', Literal['published', 'before', 'fresh'], 'Where stages begin that may choose: as published, with the '
-                      'weights of the stage before, or as the run began', 'published')
+                      'weights of the stage before (what the recipe fitted does), or as the run began', 'published')
         yield _option('fresh', Path|None, 'Weights of stages that begin afresh (ProDA: SimCLR); as --weights when left out', None)
 
 def _rest(m):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 from .distance import collect_band, first_largest, narrow_band, resized_bands
-from .pooling import full_precision
+from .pooling import full_precision, sum_type
 
 # %% ../nbs/02_ops/05_pixel_losses.ipynb #02ffaf88
 def central_differences(
@@ -206,14 +206,14 @@ class _ImportanceTerms(torch.autograd.Function):
     def forward(ctx, z, z_source, y, y_p, omega, weights, importance_on):
         (B,K,h,w),(H,W) = z.shape,y.shape[1:]
         big,own = z.float(),torch.empty_like(y)
-        terms,dz = big.new_zeros(len(TERMS)),torch.empty_like(big)
+        terms,dz = big.new_zeros(len(TERMS), dtype=sum_type(big)),torch.empty_like(big)
         for (b,r,e,up,wy,rows),(*_,sure,_,_) in zip(resized_bands(big, H, W), resized_bands(z_source.float(), H, W)):
-            if r == 0: dcols = up.new_zeros(K, h, W)
+            if r == 0: dcols = up.new_zeros(K, h, W, dtype=sum_type(up))
             own[b,r:e] = first_largest(up.flatten(1))[0].view(-1, W)
             terms += _band_terms(up, sure, y[b,r:e], y_p[b,r:e], omega, weights, importance_on)
             collect_band(up, wy, rows, dcols)
-            if e == H: dz[b] = narrow_band(dcols, w)
-        terms = terms/y.numel()
+            if e == H: dz[b] = narrow_band(dcols, w, up.dtype)
+        terms = (terms/y.numel()).to(big.dtype)
         ctx.save_for_backward((dz/y.numel()).to(z.dtype))
         ctx.mark_non_differentiable(terms, own)
         return (terms*torch.tensor(weights, device=z.device)).sum(), terms, own

@@ -69,7 +69,7 @@ def long_product(
     a,                # (K,n)
     b,                # (n,C), of the same type
 )->torch.Tensor:      # (K,C) in `sum_type`
-    "a @ b for an inner dimension of any length: within 2^-18 of the sum of the terms' sizes, however a product adds inside."
+    "a @ b for an inner dimension of any length: within 2^-18 of the terms' summed sizes, equal or random ones, however a product adds."
     n,dtype = a.shape[1],sum_type(a)
     if n <= RUN: return (a@b).to(dtype)
     m = n//-(-n//RUN)                                                 # pixels of a run, the same for all
@@ -173,7 +173,7 @@ class _WeightedSums(torch.autograd.Function):
     def backward(ctx, g, through):
         x,w = ctx.saved_tensors
         if g is None: return through, None, None, None
-        return *weighted_sums_bwd(x, w, g, through, ctx.first, *ctx.needs_input_grad[:2]), None, None
+        with full_precision(g): return *weighted_sums_bwd(x, w, g, through, ctx.first, *ctx.needs_input_grad[:2]), None, None
 
 # %% ../nbs/02_ops/01_pooling.ipynb #08c09005
 def pool_and_pass_ref(

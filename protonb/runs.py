@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DIP_NETWORKS', 'ADAPTABLE', 'NETWORKS', 'METHODS', 'build_net', 'space_to_dict', 'space_from_dict', 'Run',
-           'read_config', 'open_run', 'use_prototypes', 'start_from', 'save_scores', 'read_scores', 'Stopped', 'go_on',
-           'device_of', 'ready', 'look_name', 'score']
+           'read_config', 'open_run', 'use_prototypes', 'start_from', 'stages_of', 'save_scores', 'read_scores',
+           'Stopped', 'go_on', 'device_of', 'ready', 'look_name', 'score']
 
 # %% ../nbs/07_shell/01_runs.ipynb #2bdba535
 import json
@@ -143,6 +143,13 @@ def start_from(
     load_into(net, fits, where=run_dir, skip=tuple(last))
     return net
 
+# %% ../nbs/07_shell/01_runs.ipynb #5c07ed10
+def stages_of(
+    run_dir,   # Folder of a run
+)->list:       # Names, in the order in which they began
+    "The stages that a run has trained."
+    return list(json.loads((Path(run_dir)/'config.json').read_text()))
+
 # %% ../nbs/07_shell/01_runs.ipynb #edc3f7c0
 def save_scores(
     run_dir,        # Folder of a run
@@ -192,7 +199,9 @@ def look_name(
     "How an evaluation with options is called in scores.json."
     parts = [f'window {look.window[0]}x{look.window[1]}'] if look.window else []
     if look.scales != (1.,): parts.append('scales ' + ' '.join(f'{s:g}' for s in look.scales))
+    if look.window and look.stride != .5: parts.append(f'stride {look.stride}')
     if look.flip: parts.append('flip')
+    if not look.plain and look.average != 'probabilities': parts.append(look.average)
     return f' ({", ".join(parts)})' if parts else ''
 
 def score(

@@ -142,7 +142,7 @@ class _PixelTerms(torch.autograd.Function):
             own[b,r:e] = up.argmax(0)
             terms += band_terms(up, sure, y[b,r:e], y_p[b,r:e], omega, cfg)
             collect_band(up, wy, rows, dcols)
-            if e == H: dz[b] = narrow_band(dcols, w)
+            if e == H: dz[b] = narrow_band(dcols, w, up.dtype)
         terms,weights = terms/y.numel(),torch.tensor([getattr(cfg, t) for t in TERMS], device=z.device)
         ctx.save_for_backward((dz/y.numel()).to(z.dtype))
         ctx.mark_non_differentiable(terms, own)

@@ -194,6 +194,29 @@ def test_long_sums_stay_exact(kind, layout, tile_bytes):
         close(got.double(), want, 2**-18)
 
 
+@pytest.mark.parametrize('grid', [(1, 1), (2, 1), (1, 3), (5, 9)], ids=str)
+def test_long_sums_of_enlarged_logits_stay_exact(grid, tile_bytes):
+    "The gradient of logits that are enlarged to 700,000 pixels of one class, all pulling one way."
+    size = (512, 1400) if tile_bytes > 1 else (64, 350)
+    z, y = torch.zeros(1, 2, *grid), torch.zeros(1, *size, dtype=torch.long)
+    z[:, 0] = .1
+    got, want = (torch.autograd.grad(logits_cross_entropy(u, y), u)[0] for u in (z.clone().requires_grad_(), z.double().requires_grad_()))
+    close(got.double(), want, 2**-18)
+
+
+def test_backward_inside_autocast_is_as_exact_as_outside():
+    x, p, y = rand(1, 16, 9, 9, dtype=torch.float32, grad=True), rand(3, 16, seed=1, dtype=torch.float32, grad=True), ids(1, 17, 17, classes=3)
+    q, k, t = rand(40, 16, seed=2, dtype=torch.float32, grad=True), rand(30, 16, seed=3, dtype=torch.float32, grad=True), torch.arange(70) % 3
+    def grads():
+        small = y[:, ::2, ::2]
+        pooled, _, same = pool_and_pass(x, small, 3)
+        loss = prototype_logits(x, p).square().sum() + prototype_cross_entropy(x, p, y) + prototype_cross_entropy(same, p, small) + pooled.sum()
+        return torch.autograd.grad(loss + prototype_contrast(q, t[:40], k, t[40:]), (x, p, q, k))
+    plain = grads()
+    with torch.autocast('cpu', torch.bfloat16): auto = grads()
+    for a, b in zip(auto, plain): close(a, b, 1e-6)
+
+
 def grad_of_prototypes(x, q, y, metric):
     q.requires_grad_()
     return torch.autograd.grad(prototype_cross_entropy(x, q, y, metric=metric, reduction='sum'), q)[0]
