@@ -28,8 +28,8 @@ from .pages import Demo, demo, make_report
 from .prototypes import class_prototypes, save_prototypes
 from .recipes import choice_table, never_heard
 from .runs import (ADAPTABLE, METHODS, Stopped, build_net, device_of, go_on, look_name, open_run, read_config, read_scores, ready,
-                          score, space_to_dict, stages_of)
-from .training import Train, accelerator_for, versions
+                          score, space_to_dict)
+from .training import Train, accelerator_for, latest_checkpoint, versions
 
 # %% ../nbs/07_shell/02_cli.ipynb #4aa7dc74
 def _space(o, m):
@@ -99,7 +99,7 @@ def train(
     done,acc = methods.train(job, getattr(o, 'until', '')),accelerator_for(o.train)
     go_on(done)
     if val is not None and acc.is_main_process:
-        stage = done['stage'] if done['stage'] in stages_of(o.out) else None         # some stages train nothing
+        stage = done['stage'] if latest_checkpoint(o.out, done['stage']) else None     # some stages train nothing
         score(open_run(o.out, acc.device, stage=stage), val, f'{o.val} val')
     return 0
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DIP_NETWORKS', 'ADAPTABLE', 'NETWORKS', 'METHODS', 'build_net', 'space_to_dict', 'space_from_dict', 'Run',
-           'read_config', 'open_run', 'use_prototypes', 'start_from', 'stages_of', 'save_scores', 'read_scores',
-           'Stopped', 'go_on', 'device_of', 'ready', 'look_name', 'score']
+           'read_config', 'open_run', 'use_prototypes', 'start_from', 'save_scores', 'read_scores', 'Stopped', 'go_on',
+           'device_of', 'ready', 'look_name', 'score']
 
 # %% ../nbs/07_shell/01_runs.ipynb #2bdba535
 import json
@@ -142,13 +142,6 @@ def start_from(
     last = [k.rsplit('.', 1)[0] for k in own if k.startswith('projector.')][-1:]
     load_into(net, fits, where=run_dir, skip=tuple(last))
     return net
-
-# %% ../nbs/07_shell/01_runs.ipynb #5c07ed10
-def stages_of(
-    run_dir,   # Folder of a run
-)->list:       # Names, in the order in which they began
-    "The stages that a run has trained."
-    return list(json.loads((Path(run_dir)/'config.json').read_text()))
 
 # %% ../nbs/07_shell/01_runs.ipynb #edc3f7c0
 def save_scores(

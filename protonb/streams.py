@@ -7,7 +7,6 @@ __all__ = ['labelled', 'unlabelled', 'few_labelled', 'weakly_labelled', 'strongl
            'three_viewed', 'paired', 'stage_seed', 'stacked', 'feed']
 
 # %% ../nbs/04_learning/13_streams.ipynb #9dd0f45c
-from contextlib import contextmanager
 import torch
 from torch.utils.data import default_collate
 from .colour import Warp, rand_augment, warp_labels
@@ -21,17 +20,20 @@ from .weak_labels import image_tags
 from .windows import FILTERS, look, place, scaled, three_views, to_base
 
 # %% ../nbs/04_learning/13_streams.ipynb #eaa2b7bf
-@contextmanager
-def _named(dataset, i):
-    "A window's complaint, with the name of the image."
-    try: yield
+def _seen(dataset, i, image, label, window, rng, colour=None):
+    "Image i through a window, in other colours; the window's complaint gets the name of the image."
+    try: image,label,g = look(image, label, window, rng)
     except InputError as e: raise InputError(f'{dataset.names[i]}: {e}' if hasattr(dataset, 'names') else str(e)) from None
+    return colour(image, rng) if colour else image, label, g
 
-def _seen(dataset, i, window, rng, colour):
-    "Image i through a window, in other colours."
-    image,label = dataset[i]
-    with _named(dataset, i): image,label,_ = look(image, label, window, rng)
-    return colour(image, rng) if colour else image, label
+def _windows(dataset, window, seed, stream, colour, index=shuffled_index, blind=False):
+    "position -> (image, label), or (image, its number) where labels are not to be seen."
+    def make(position):
+        i,rng = index(position, len(dataset), seed, stream),rng_for(seed, stream, position)
+        image,label = dataset[i]
+        image,label,_ = _seen(dataset, i, image, None if blind else label, window, rng, colour)
+        return image, i if blind else label
+    return make
 
 # %% ../nbs/04_learning/13_streams.ipynb #381c84af
 def labelled(
@@ -42,10 +44,7 @@ def labelled(
     colour=None,      # (image uint8, rng) -> image uint8: `jitter` (PBAL), `shuffled_jitter` (WDASS)
 ):                    # position -> (image (3,ch,cw), label (ch,cw))
     "A fresh permutation every epoch, windows and colours that belong to the position."
-    def make(position):
-        i = shuffled_index(position, len(dataset), seed, stream)
-        return _seen(dataset, i, window, rng_for(seed, stream, position), colour)
-    return make
+    return _windows(dataset, window, seed, stream, colour)
 
 # %% ../nbs/04_learning/13_streams.ipynb #e5d6c540
 def unlabelled(
@@ -56,12 +55,7 @@ def unlabelled(
     colour=None,      # (image uint8, rng) -> image uint8
 ):                    # position -> (image (3,ch,cw), its index in the data set)
     "The images of `labelled`, without a label: its place is taken by the number of the image."
-    def make(position):
-        i = shuffled_index(position, len(dataset), seed, stream)
-        image = dataset[i][0]
-        with _named(dataset, i): image,_,_ = look(image, None, window, rng := rng_for(seed, stream, position))
-        return colour(image, rng) if colour else image, i
-    return make
+    return _windows(dataset, window, seed, stream, colour, blind=True)
 
 # %% ../nbs/04_learning/13_streams.ipynb #a4de643c
 def few_labelled(
@@ -72,10 +66,7 @@ def few_labelled(
     colour=None,      # (image uint8, rng) -> image uint8
 ):                    # position -> (image (3,ch,cw), label (ch,cw))
     "Labelled images, each drawn by itself, with replacement (PixDA)."
-    def make(position):
-        i = uniform_index(position, len(dataset), seed, stream)
-        return _seen(dataset, i, window, rng_for(seed, stream, position), colour)
-    return make
+    return _windows(dataset, window, seed, stream, colour, uniform_index)
 
 # %% ../nbs/04_learning/13_streams.ipynb #2a73848f
 def weakly_labelled(
@@ -92,10 +83,10 @@ def weakly_labelled(
         i,rng = shuffled_index(position, len(dataset), seed, stream),rng_for(seed, stream, position)
         image,whole = dataset[i]
         image,whole = to_base(image, whole, scaled(window, image.shape[1:], 1.) if window.base_first else None, kind == 'point')
-        with _named(dataset, i): image,weak,_ = look(image, whole, window, rng)
+        image,weak,_ = _seen(dataset, i, image, whole, window, rng, colour)
         tags = image_tags(weak if tags_of == 'crop' else whole, dataset.space.num_classes)
         if kind == 'image': weak = torch.full_like(weak, IGNORE)
-        return colour(image, rng) if colour else image, weak, tags
+        return image, weak, tags
     return make
 
 # %% ../nbs/04_learning/13_streams.ipynb #f0e8ef31
@@ -124,7 +115,7 @@ def pseudo_labelled(
     "Strongly changed windows, and their labels that followed (ProDA's distillation)."
     def make(position):
         i,rng = shuffled_index(position, len(dataset), seed, stream),rng_for(seed, stream, position)
-        image,label = _seen(dataset, i, window, rng, None)
+        image,label,_ = _seen(dataset, i, *dataset[i], window, rng)
         image,warp = strong(image, rng)
         return image, warp_labels(label[::shrink, ::shrink].contiguous(), warp)
     return make
@@ -141,7 +132,7 @@ def softly_labelled(
     def make(position):
         i,rng = shuffled_index(position, len(dataset), seed, stream),rng_for(seed, stream, position)
         full,soft = dataset[i]
-        with _named(dataset, i): weak,_,g = look(full, None, window, rng)
+        weak,_,g = _seen(dataset, i, full, None, window, rng)
         changed,warp = strong(weak, rng)
         return dict(weak=weak, strong=changed, full=full, soft=soft, view=g.numbers, warp=warp)
     return make

@@ -11,7 +11,7 @@ from protonb.deeplab import iapc_small, pbal_small, proda_small
 from protonb.deeplabv2 import pixda_small, wdass_small
 from protonb.dip_net import dip_small
 from protonb.evaluation import argmax_upsampled, evaluate, label_map
-from protonb.feeding import Feed, TestTime, at_test_time, enlarged, feed_of_old, network_input, resized, segmenter, window_places
+from protonb.feeding import Feed, TestTime, at_test_time, enlarged, feed_of_old, network_input, resampled, segmenter, window_places
 from protonb.labels import ClassSpace
 from protonb.ops import prototype_logits
 from protonb.prototypes import Prototypes
@@ -263,10 +263,10 @@ def test_one_look_is_the_segmenter_itself(made):
 
 def test_resized_is_todays_arithmetic():
     x = photos(37, 53)
-    assert resized(x, (37, 53)) is x
+    assert resampled(x, (37, 53)) is x
     same = F.interpolate(x.float(), (37, 53), mode='bicubic', align_corners=False, antialias=True).clamp(0, 255)
     assert torch.equal(same, x.float())            # so leaving it out changes no bit
-    assert resized(x, (20, 90)).min() >= 0 and resized(x, (20, 90)).max() <= 255
+    assert resampled(x, (20, 90)).min() >= 0 and resized(x, (20, 90)).max() <= 255
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_images_on_the_cpu_network_on_the_gpu(made):
