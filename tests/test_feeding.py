@@ -266,7 +266,7 @@ def test_resized_is_todays_arithmetic():
     assert resampled(x, (37, 53)) is x
     same = F.interpolate(x.float(), (37, 53), mode='bicubic', align_corners=False, antialias=True).clamp(0, 255)
     assert torch.equal(same, x.float())            # so leaving it out changes no bit
-    assert resampled(x, (20, 90)).min() >= 0 and resized(x, (20, 90)).max() <= 255
+    assert resampled(x, (20, 90)).min() >= 0 and resampled(x, (20, 90)).max() <= 255
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_images_on_the_cpu_network_on_the_gpu(made):
