@@ -48,11 +48,12 @@ def _follow(o, source):
 def _about(o, m, target):
     "What config.json is to say of the data."
     told = {k: str(getattr(o, k)) for k in ('source', 'start', 'target', 'weights') if getattr(o, k, None) is not None}
-    if m.target in ('few', 'support'):
-        print(f'{len(target)} labelled target images')
-        told['images'] = list(target.names)
+    few = getattr(target, 'few', target if m.target in ('few', 'support') else None)
+    if few is not None:
+        print(f'{len(few)} labelled target images')
+        told['images'] = list(few.names)
     how = {k: str(v) for k in ('begin', 'fresh') if (v := getattr(o, k, None)) is not None}      # where stages begin, of several stages
-    return told | how | (dict(weak=o.data.weak) if m.target == 'weak' else {})
+    return told | how | (dict(weak=o.data.weak) if hasattr(getattr(o, 'data', None), 'weak') else {})
 
 # %% ../nbs/07_shell/02_cli.ipynb #49f241ea
 def _start(o, m):
@@ -130,7 +131,7 @@ def one_line(
 
 # %% ../nbs/07_shell/02_cli.ipynb #2d3365d1
 EXAMPLE = dict(labelled='--source gta5:/data/GTA5 ', model='--start runs/source ', none='', unlabelled='', weak='--labels coarse ',
-               few='--shots 5 ', support='--shots 5 ')
+               few='--shots 5 ', support='--shots 5 ', any='--labels few --shots 5 ')
 
 def method_help(m):
     "The words of an example, and where the rest of the options is."

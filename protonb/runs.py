@@ -11,7 +11,7 @@ __all__ = ['DIP_NETWORKS', 'ADAPTABLE', 'NETWORKS', 'METHODS', 'build_net', 'spa
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from . import deeplab, deeplabv2, dip, iapc, pbal, pixda, proda, source_only, wdass
+from . import deeplab, deeplabv2, dip, iapc, joint, mixteacher, pbal, pixda, proda, source_only, wdass
 from .core import InputError, atomic_path
 from .dip_net import dip_mobilenetv2, dip_resnet101, dip_small, dip_vgg16
 from .evaluation import Scores, evaluate
@@ -28,7 +28,7 @@ ADAPTABLE = {f'{family}_{size}': getattr(module, f'{family}_{size}')
              for module,families in ((deeplab, ('iapc', 'pbal', 'proda')), (deeplabv2, ('wdass', 'pixda')))
              for family in families for size in ('resnet101', 'mobilenetv2', 'small')}
 NETWORKS = DIP_NETWORKS | ADAPTABLE
-METHODS = {m.METHOD.name: m.METHOD for m in (source_only, dip, iapc, pbal, proda, wdass, pixda)}
+METHODS = {m.METHOD.name: m.METHOD for m in (source_only, joint, dip, iapc, pbal, proda, wdass, pixda, mixteacher)}
 
 # %% ../nbs/07_shell/01_runs.ipynb #66d9a26a
 def build_net(
