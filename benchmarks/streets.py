@@ -1,9 +1,10 @@
 """Every method on procedural streets: one network, one budget, several seeds; mIoU on unseen target scenes.
 
-    python benchmarks/streets.py [--seeds 0 1 2] [--out runs/streets] [--only start source_only oracle iapc pbal views wdass pixda]
+    python benchmarks/streets.py [--seeds 0 1 2] [--out runs/streets] [--only start source_only joint mixteacher oracle iapc pbal views wdass pixda] [--tuning]
 
-Each seed trains a start on source scenes. From there everything gets the same number of steps a stage: more source scenes, labelled target scenes (the oracle), and each stage of each
-method, with the settings of its fitted recipe. Finished stages are kept, stopped ones go on. Rows of streets.csv are written as stages end, with the command that made them; the table over seeds is printed.
+Each seed trains a start on source scenes. From there everything gets the same number of steps a stage: more source scenes, whatever labels there are without any method (the controls), labelled target
+scenes (the oracle), and each stage of each method, with the settings of its fitted recipe. Finished stages are kept, stopped ones go on. Settings are chosen with `--tuning`, which scores on scenes of
+their own and writes nothing. Rows of streets.csv are written as stages end, with the command that made them; the table over seeds is printed.
 """
 import argparse
 import copy
@@ -23,6 +24,7 @@ from protonb.evaluation import evaluate
 from protonb.feeding import segmenter
 from protonb.few_shot import draw_shots
 from protonb.labels import CITYSCAPES
+from protonb.pseudo_labels import PartlyLabelled, Unlabelled
 from protonb.recipes import Situation
 from protonb.runs import METHODS, space_to_dict
 from protonb.streets import REAL, SYNTHETIC, Streets
@@ -33,7 +35,7 @@ from protonb.weak_labels import WeakLabels
 RESULTS = Path(__file__).resolve().parent/'streets.csv'
 KEY = ['stage', 'seed', 'network']
 COLUMNS = [*KEY, 'steps', 'batch', 'miou', 'torch', 'date', 'command']
-STAGES = ['start', 'adabn', 'source_only', 'oracle', 'iapc', 'pbal', 'views', 'wdass', 'fine_tuning', 'pixda']
+STAGES = ['start', 'adabn', 'source_only', 'oracle', 'iapc', 'pbal', 'views', 'wdass', 'fine_tuning', 'pixda', 'joint', 'mixteacher']
 KINDS, SHOTS, CITIES = ('image', 'point', 'coarse'), (1, 5), 18
 H, W = 97, 193
 BATCH, START, STEPS = 4, 1200, 400
@@ -85,6 +87,7 @@ class Bench:
         elif name == 'views': yield 'views of pbal', self.views(net)
         elif name == 'wdass': yield from self.wdass(net)
         elif name in ('fine_tuning', 'pixda'): yield from self.few(name, net)
+        elif name in ('joint', 'mixteacher'): yield from self.any(name, net)
 
     def pbal(self):
         "Stage by stage; what is finished is not trained again."
@@ -108,13 +111,28 @@ class Bench:
 
     def few(self, name, first):
         "The labelled target images are drawn as if the scenes came from so many cities; the distillation is a part of the same budget."
-        names, cfg = list(self.data['target'].names), settings('pixda')
+        cfg = settings('pixda')
         for k in SHOTS:
             net, title = copy.deepcopy(first), f'{name} {k}-shot'
-            images = take(self.data['target'], draw_shots(names, k, self.seed, group=lambda n: names.index(n) % CITIES))
+            images = take(self.data['target'], self.drawn(k))
             if name == 'fine_tuning': net = self.labelled(f'fine_tuning_{k}', images, net)
             else: net = self.train('pixda', f'pixda_{k}', net, cfg, self.data['source'], images, STEPS-cfg.kd_steps)
             yield title, net
+
+
+    def any(self, name, first):
+        "Joint training and MixTeacher with every kind of label that they take; of all images they know the labels of the few alone."
+        data, cfg = self.data['target'], settings(name)
+        kinds = {} if name == 'joint' else dict(none=('none', Unlabelled(data)))
+        kinds |= {kind: (kind, WeakLabels(data, kind, seed=self.seed, least=20)) for kind in KINDS if (name, kind) != ('joint', 'image')}
+        kinds |= {f'{k}-shot': ('few', PartlyLabelled(data, self.drawn(k))) for k in SHOTS} | dict(full=('full', data))
+        for title, (kind, target) in kinds.items():
+            yield f'{name} {title}', self.train(name, f'{name}_{title}', copy.deepcopy(first), replace(cfg, labels=kind), self.data['source'], target)
+
+    def drawn(self, k):
+        "Positions of k labelled images of each of 18 groups of scenes."
+        names = list(self.data['target'].names)
+        return draw_shots(names, k, self.seed, group=lambda n: names.index(n) % CITIES)
 
 
 def read_rows():
@@ -144,8 +162,9 @@ def main():
     p.add_argument('--out', type=Path, default=Path('runs')/'streets')
     p.add_argument('--only', nargs='+', choices=STAGES, default=STAGES)
     p.add_argument('--no-write', action='store_true', help='leave streets.csv as it is')
+    p.add_argument('--tuning', action='store_true', help='score on the scenes for choosing settings, and leave streets.csv as it is')
     args = p.parse_args()
-    data = dict(source=Streets(SYNTHETIC, 300, size=(H, W), seed=0), target=Streets(REAL, 200, size=(H, W), seed=1), val=Streets(REAL, 60, size=(H, W), seed=2))
+    data = dict(source=Streets(SYNTHETIC, 300, size=(H, W), seed=0), target=Streets(REAL, 200, size=(H, W), seed=1), val=Streets(REAL, 60, size=(H, W), seed=7 if args.tuning else 2))
     rows = []
     for seed in args.seeds:
         for name in args.only:
@@ -155,7 +174,7 @@ def main():
                 print(f'seed {seed}, {title}: {score:.1f}', flush=True)
                 rows.append(dict(stage=title, seed=seed, network=ABOUT['net'], steps=LONG.get(title, STEPS), batch=BATCH, miou=f'{score:.2f}', torch=torch.__version__,
                                  date=time.strftime('%Y-%m-%d'), command='python benchmarks/streets.py'))
-                if not args.no_write: write_row(rows[-1])
+                if not (args.no_write or args.tuning): write_row(rows[-1])
     table(rows)
 
 

@@ -106,9 +106,11 @@ def test_every_method_of_streets_starts_from_the_common_start(tmp_path, monkeypa
     monkeypatch.setattr(streets.Bench, 'run', lambda self, steps=1: Train(steps=1, batch_size=2, seed=self.seed, device='cpu'))
     size = (streets.H, streets.W)
     data = dict(source=Streets(SYNTHETIC, 4, size=size), target=Streets(REAL, 5*streets.CITIES, size=size, seed=1))
-    names = [title for name in ('start', 'wdass', 'fine_tuning', 'pixda') for title, _ in streets.Bench(tmp_path, 3, data).stages(name)]
+    names = [title for name in ('start', 'wdass', 'fine_tuning', 'pixda', 'joint', 'mixteacher') for title, _ in streets.Bench(tmp_path, 3, data).stages(name)]
     weak = [f'wdass {kind}{how}' for kind in streets.KINDS for how in ('', ', AdaBN')]
-    assert names == ['start', *weak, 'fine_tuning 1-shot', 'fine_tuning 5-shot', 'pixda 1-shot', 'pixda 5-shot']
+    assert names == ['start', *weak, 'fine_tuning 1-shot', 'fine_tuning 5-shot', 'pixda 1-shot', 'pixda 5-shot',
+                     *(f'joint {k}' for k in ('point', 'coarse', '1-shot', '5-shot', 'full')),
+                     *(f'mixteacher {k}' for k in ('none', 'image', 'point', 'coarse', '1-shot', '5-shot', 'full'))]
     start = (tmp_path/'seed3'/'start'/'checkpoints').iterdir()
     assert len(list(start)) == 1 and {p.name for p in (tmp_path/'seed3').iterdir()} >= {'wdass_point', 'pixda_5', 'fine_tuning_1'}
 
