@@ -13,11 +13,12 @@ from torch import Tensor
 from .core import rng_for
 from .feeding import enlarged, network_input
 from .few_shot import uniform_index
-from .joint import optimizer_for, source_stream
+from .joint import source_stream
 from .labels import IGNORE
 from .methods import Job, Method, accelerator_of, learn
 from .mixing import blur_batch, jitter_batch, mix_masks, paste
 from .ops import logits_cross_entropy
+from .optimization import optimizer_of
 from .processes import cross_entropy, for_processes, held, mean_over, sum_over
 from .recipes import Situation, crop, learning_rate, memory, part
 from .streams import alternately, labelled, paired, stacked, weakly_labelled
@@ -134,7 +135,7 @@ def adapt(
     acc,cfg = accelerator_of(job),job.cfg
     teacher = average_of(job.net).to(acc.device, memory_format=torch.channels_last)
     student = for_processes(job.net, acc)
-    opt,sched = optimizer_for(student, cfg)
+    opt,sched = optimizer_of(student, cfg, cfg.length)
     student,opt = acc.prepare(student, opt)
     seed = int(rng_for(job.run.seed, 'process', acc.process_index).integers(2**62))
     one = lambda batch: step(student, teacher, opt, sched, batch, cfg, seed, acc.backward, acc)
