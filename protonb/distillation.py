@@ -90,16 +90,16 @@ class Distill:
     legacy_kd:bool = False       # The released formula, without the logarithm
     legacy_dup:bool = False      # Update backbone tensors 3 or 4 times a step, as the released lists do
     legacy_warp:bool = False     # The released label warp
-    mean_std:bool = False        # Images by ImageNet's mean and deviation; False: x/255, as ProDA feeds
+    mean_std:bool = False        # Images as the network wants them, by ImageNet's mean and deviation; False: x/255, as ProDA feeds
     shrink:int = 4               # Image size over the size of the maps on which labels and teacher are compared
     window:Window = PRODA_WINDOW # Scale, window and flip of all images
 
 # %% ../nbs/04_learning/16_distillation.ipynb #9c961fa4
 def input_of(
     cfg,   # Has `mean_std`
-)->str:    # 'imagenet' or 'unit', the words of `feeding`
-    "What a network gets to see, whatever it says of itself: ProDA feeds x/255 even to ImageNet weights."
-    return 'imagenet' if cfg.mean_std else 'unit'
+)->str:    # '' or 'unit', the words of `feeding`
+    "What a network gets to see: what it says of itself, or x/255, which ProDA feeds even to ImageNet weights."
+    return '' if cfg.mean_std else 'unit'
 
 def fitted_window(
     s:Situation,  # Of the run

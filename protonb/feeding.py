@@ -17,18 +17,18 @@ from .ops import prototype_logits
 from .transforms import normalize
 
 # %% ../nbs/04_learning/11_feeding.ipynb #abc26834
-INPUTS = ('imagenet', 'unit')
+INPUTS = ('imagenet', 'unit', 'signed')
 
 def network_input(
     net,      # Network; `input_range` says what it wants, 'imagenet' where it has no such attribute
     images,   # (B,3,H,W) uint8 or float, 0..255, RGB
-    kind='',  # 'imagenet' or 'unit': what it is to get whatever it says
+    kind='',  # One of INPUTS: what it is to get whatever it says
 )->Tensor:    # (B,3,H,W) float32 on the device of `images`
-    "What the network gets to see: by ImageNet's mean and deviation, or x/255."
+    "What the network gets to see: by ImageNet's mean and deviation, x/255, or x/127.5 - 1."
     kind = kind or getattr(net, 'input_range', '') or getattr(getattr(net, 'module', None), 'input_range', 'imagenet')
     if kind not in INPUTS: raise InputError(f"input is {kind!r}; expected one of {', '.join(map(repr, INPUTS))}")
     if images.ndim != 4 or images.shape[1] != 3: raise ValueError(f'images must be (B,3,H,W), got {tuple(images.shape)}')
-    return normalize(images) if kind == 'imagenet' else images.float()/255
+    return normalize(images) if kind == 'imagenet' else images.float()/255 if kind == 'unit' else images.float()/127.5 - 1
 
 # %% ../nbs/04_learning/11_feeding.ipynb #2fb9424a
 ENLARGE = ('aligned', 'centred')
@@ -37,7 +37,7 @@ ENLARGE = ('aligned', 'centred')
 class Feed:
     "How a trained network is fed at test time; plain data for config.json."
     height:int|None = None   # Images are brought to this height first, in pixels; None: as they are
-    input:str = ''           # 'imagenet' or 'unit'; '' is what the network says itself
+    input:str = ''           # One of INPUTS; '' is what the network says itself
     enlarge:str = 'aligned'  # 'aligned': whoever enlarges the logits aligns corners; 'centred': enlarged here without (WDASS)
     scale:float = 20.        # Factor of the cosine, for a network with prototypes (DIP)
 
@@ -64,11 +64,11 @@ def feed_of_old(
 )->Feed:
     "The feed of a run folder that was written without one."
     hyper = config.get('hyper') or {}
-    if stage == 'dip': return Feed(input='imagenet', scale=hyper.get('scale', 20.))
-    if stage == 'wdass': return Feed(input='imagenet', enlarge='centred')
-    if 'mean_std' in hyper: return Feed(input='imagenet' if hyper['mean_std'] else 'unit')
+    if stage == 'dip': return Feed(scale=hyper.get('scale', 20.))
+    if stage == 'wdass': return Feed(enlarge='centred')
+    if 'mean_std' in hyper: return Feed(input='' if hyper['mean_std'] else 'unit')
     whole = (hyper.get('view') or {}).get('height')   # PixDA's view is the whole image
-    return Feed(hyper.get('test_height') or whole, 'imagenet')
+    return Feed(hyper.get('test_height') or whole)
 
 # %% ../nbs/04_learning/11_feeding.ipynb #97caaeb1
 def resampled(

