@@ -132,7 +132,7 @@ def distill_step(
     teacher,      # Network in eval mode
     opt, sched,   # Optimizer and schedule of the student
     batch,        # dict: source (images, labels), target (strong images uint8, labels at a quarter)
-    cfg:'Distill',  # Its numbers
+    cfg:'Distill', # Its numbers
     backward=Tensor.backward,  # `accelerator.backward` under mixed precision
     acc=None,     # Accelerator; None for a single process
 )->dict:          # Detached scalars to log
@@ -170,7 +170,7 @@ def distill(
     target,        # Target images with hard labels, 255 where they are not to count: `HardLabels`
     student,       # Network to train, however it was started
     teacher,       # Network it learns from; not changed
-    cfg:'Distill',   # Its numbers
+    cfg:'Distill', # Its numbers
     run:Train,     # Steps, batch size, seed, device
     *,
     run_dir,       # Folder of the run
@@ -194,7 +194,7 @@ def distill_round(
     target,        # Target images; labels are never read
     student,       # Network to train, however it was started
     teacher,       # Network it learns from
-    cfg:'Distill',   # Its numbers
+    cfg:'Distill', # Its numbers
     run:Train,     # Steps, batch size, seed, device
     *,
     run_dir,       # Folder of the run

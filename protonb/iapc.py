@@ -74,7 +74,7 @@ def step(
 # %% ../nbs/05_methods/03_iapc.ipynb #09bcf38e
 def trio(
     source,     # Trained network of the source domain
-    cfg:'IAPC',   # memory_bn
+    cfg:'IAPC', # memory_bn
 )->Trio:        # Three networks with the same weights
     "Student and memory start as copies of the source model; scale and shift of batch norms stay as they are."
     student = freeze_affine(deepcopy(source).requires_grad_(True)).train()
@@ -83,7 +83,7 @@ def trio(
 # %% ../nbs/05_methods/03_iapc.ipynb #3912ea8a
 def student_optimizer(
     net,        # The student
-    cfg:'IAPC',   # lr, head_factor, repeats, momentum, warm, length
+    cfg:'IAPC', # lr, head_factor, repeats, momentum, warm, length
 )->tuple:       # RepeatedSGD, schedule
     "Backbone and head with their rates and repetitions; a tenth of the rate at first, all of it after `warm` steps, then a slow decay."
     times = released_repeats(net) if cfg.repeats == 'released' else {}
@@ -128,7 +128,7 @@ def losses(
     z_memory, f_memory,  # Memory model: logits, features
     y,                   # (B,H,W) pseudo labels
     omega,               # (K,) class weights
-    cfg:'IAPC',            # Weights, importance_on, legacy_scramble
+    cfg:'IAPC',          # Weights, importance_on, legacy_scramble
 )->tuple:                # loss, dict of its terms
     "The whole loss of a batch."
     size,weights = y.shape[1:],[getattr(cfg, t) for t in TERMS]
@@ -144,7 +144,7 @@ def losses(
 def class_factors(
     labels,      # (B,H,W) pseudo labels, 255 = ignore
     running,     # (K,) running factor, changed in place; starts at 1
-    cfg:'IAPC',    # rare, rare_pixels, recall
+    cfg:'IAPC',  # rare, rare_pixels, recall
     acc=None,    # Accelerator: counts are those of the global batch
 )->Tensor:       # (K,) weight of each class
     "Weights of the classes: rare in this batch times absent of late."
@@ -159,7 +159,7 @@ def class_factors(
 def pseudo_labels(
     images,     # Target images; their labels are never opened
     source,     # Trained network of the source domain; `adapt_bn` changes its statistics in place
-    cfg:'IAPC',   # scales, adapt_bn
+    cfg:'IAPC', # scales, adapt_bn
     *,
     run_dir,    # Folder of the run; labels go to its `pseudo`
     acc=None,   # Accelerator: where to compute; its main process labels, the others wait
@@ -178,7 +178,7 @@ def pseudo_labels(
 def train(
     dataset,       # Target images with pseudo labels, e.g. from `pseudo_labels`
     source,        # Trained network of the source domain
-    cfg:'IAPC',      # Hyper-parameters
+    cfg:'IAPC',    # Hyper-parameters
     run:Train,     # Steps, batch size, seed, device
     *,
     run_dir,       # Folder of the run
