@@ -13,14 +13,14 @@ from torch import Tensor
 from .core import rng_for
 from .feeding import enlarged, network_input
 from .few_shot import uniform_index
-from .joint import source_stream
+from .joint import rule_of, source_stream
 from .labels import IGNORE
 from .methods import Job, Method, accelerator_of, learn
 from .mixing import blur_batch, jitter_batch, mix_masks, paste
 from .ops import logits_cross_entropy
 from .optimization import optimizer_of
 from .processes import cross_entropy, for_processes, held, mean_over, sum_over
-from .recipes import Situation, crop, learning_rate, memory, part
+from .recipes import Situation, crop, memory, part
 from .streams import alternately, labelled, paired, stacked, weakly_labelled
 from .teachers import average_of, update_average
 from .windows import Window, check_fits
@@ -42,7 +42,7 @@ def teacher_labels(
     known = labels != IGNORE
     return torch.where(known, labels, ids), torch.where(known, 1., share)
 
-# %% ../nbs/05_methods/09_mixteacher.ipynb #21884003
+# %% ../nbs/05_methods/09_mixteacher.ipynb #febf8604
 def strong_colours(
     images,     # (B,3,H,W) in 0..255
     strength,   # Of the colour change, 0..0.5
@@ -65,7 +65,7 @@ def mixed_batch(
     mask = mix_masks(source[1], generator)
     return paste(mask, source[0], images), paste(mask, source[1], ids), paste(mask, 1., weight), mask
 
-# %% ../nbs/05_methods/09_mixteacher.ipynb #56afc67b
+# %% ../nbs/05_methods/09_mixteacher.ipynb #5931cc55
 def step(
     student, teacher,  # The network that is trained, and its slow average
     opt, sched,        # Optimizer and schedule; the schedule counts the steps
@@ -92,7 +92,7 @@ def step(
     opt.step(), sched.step()
     return dict(source=source.detach(), mix=mix.detach(), known=known.detach(), sure=(m_w*~mask).sum()/(~mask).sum().clamp(min=1))
 
-# %% ../nbs/05_methods/09_mixteacher.ipynb #b095c077
+# %% ../nbs/05_methods/09_mixteacher.ipynb #1ce1da46
 @dataclass
 class MixTeacher:
     "Numbers of MixTeacher; the defaults are usual ones for an ImageNet backbone and 40,000 steps."
@@ -114,7 +114,7 @@ class MixTeacher:
     power:float = .9               # Power of the polynomial decay
     window:Window = Window(low=.5, high=2., crop_height=512, crop_width=512, flip_p=.5, pad=True)  # Scale, window and flip of all images
 
-# %% ../nbs/05_methods/09_mixteacher.ipynb #dfb31a0d
+# %% ../nbs/05_methods/09_mixteacher.ipynb #d109ee9e
 def streams_of(
     job:Job,   # source, target, settings, seed, folder
 )->dict:       # Names and streams: labelled images, target images
@@ -142,15 +142,14 @@ def adapt(
     job.net = teacher
     return learn(job, one, paired(**streams_of(job)), dict(net=teacher, student=student, opt=opt, sched=sched), acc=acc, collate=stacked)
 
-# %% ../nbs/05_methods/09_mixteacher.ipynb #92448eb0
+# %% ../nbs/05_methods/09_mixteacher.ipynb #f4a64fc4
 def _fitted(s:Situation):
     "A teacher that forgets within a tenth of the run, a confidence that a short run reaches."
     high,wide = crop(s, .83, 8, 1)
     window = Window(low=.8, high=1.3, crop_height=high, crop_width=wide, flip_p=.5, pad=True)
-    return MixTeacher(alpha=memory(s, .1), tau=.8, lr=learning_rate(s, 1e-3), head_factor=s.head_factor, warm=part(s, .05),
-                      length=s.length, window=window)
+    return MixTeacher(alpha=memory(s, .1), tau=.8, **rule_of(s), warm=part(s, .05), length=s.length, window=window)
 
-# %% ../nbs/05_methods/09_mixteacher.ipynb #edd60aca
+# %% ../nbs/05_methods/09_mixteacher.ipynb #4577a61f
 METHOD = Method(
     'mixteacher', 'Adapt with whatever labels the target has, none included: a slow teacher, and classes pasted onto target images.',
     MixTeacher, (('mixteacher', adapt),), net='iapc_resnet101', target='any', steps=40_000, fitted=_fitted,

@@ -20,7 +20,7 @@ from .feeding import network_input, segmenter
 from .labels import IGNORE
 from .methods import Method, begin, notes, run_of
 from .ops import prototype_cross_entropy, prototype_logits
-from .optimization import make_optimizer, parameter_groups, polynomial, schedule
+from .optimization import optimizer_of
 from .pseudo_labels import HardLabels, Unlabelled, classwise_thresholds, read_histogram, write_labels
 from .recipes import Situation, learning_rate
 from .processes import cross_entropy, for_processes, mean_over, sum_over, wait_long
@@ -30,7 +30,7 @@ from .training import Train, accelerator_for, bare, fit
 from .transforms import resize_label
 from .windows import PBAL_WINDOW, Window
 
-# %% ../nbs/05_methods/04_pbal.ipynb #98f273b9
+# %% ../nbs/05_methods/04_pbal.ipynb #bbb96dcb
 def alignment(
     features,     # (B,C,h,w) of target images
     logits,       # (B,K,h,w) of the same
@@ -49,11 +49,12 @@ def alignment(
         t2s = reduce(share*t2s)/reduce(share)
     return s2t, t2s.mean()
 
+# %% ../nbs/05_methods/04_pbal.ipynb #d18f2f47
 def _largest(t):
     torch.distributed.all_reduce(t := t.clone(), torch.distributed.ReduceOp.MAX)   # elementwise, over all processes
     return t
 
-# %% ../nbs/05_methods/04_pbal.ipynb #6aa37868
+# %% ../nbs/05_methods/04_pbal.ipynb #f9a3abaa
 def prototype_contrast_term(
     features,         # (B,C,h,w)
     weight,           # (K,C) rows of the classifier
@@ -71,6 +72,7 @@ def prototype_contrast_term(
     total = prototype_cross_entropy(features, weight, y, scale=1/tau, reduction='sum')
     return mean_over(total, (y != IGNORE).sum(), reduce) if reduction == 'valid' else total/y.numel()
 
+# %% ../nbs/05_methods/04_pbal.ipynb #25f7076e
 def projection_head(
     channels:int,  # Of the features, C
     width:int,     # D
@@ -128,23 +130,23 @@ def pst_step(
     sched.step()
     return {k: v.detach() for k,v in dict(loss=loss, **terms).items()}
 
-# %% ../nbs/05_methods/04_pbal.ipynb #4e8a094a
+# %% ../nbs/05_methods/04_pbal.ipynb #0c88592d
 def prototypes(
     net,       # Network with a `classifier`, bare or wrapped
 )->Tensor:     # (K,C)
     "The rows of the last convolution, with their gradient."
     return bare(net).classifier.weight.flatten(1)
 
+# %% ../nbs/05_methods/04_pbal.ipynb #d327d873
 def pbal_optimizer(
     net,    # Network with `head_prefixes`
     cfg,    # lr, head_factor, momentum, weight_decay, max_iter, power
     more=(),# Further parameters that learn at the head's rate
 )->tuple:   # SGD, schedule
     "SGD with a faster head; the rate falls towards 0 at `max_iter`, wherever the run ends."
-    groups = parameter_groups(net, cfg.lr, cfg.head_factor, weight_decay=cfg.weight_decay, more=more)
-    opt = make_optimizer('sgd', groups, cfg.lr, momentum=cfg.momentum)
-    return opt, schedule(opt, polynomial(cfg.max_iter, cfg.power, ahead=1))
+    return optimizer_of(net, cfg, cfg.max_iter, ahead=1, more=more)
 
+# %% ../nbs/05_methods/04_pbal.ipynb #23a6e177
 def _seeded(seed, make):                     # weights that belong to the seed; the random numbers of everything else are left alone
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -174,7 +176,7 @@ def bpl(
     return fit(one, feed(make, run, acc), parts, run, run_dir=run_dir, stage=stage, config=dict(config or {}, hyper=asdict(cfg)),
                accelerator=acc, progress=progress)
 
-# %% ../nbs/05_methods/04_pbal.ipynb #b0656f18
+# %% ../nbs/05_methods/04_pbal.ipynb #f01a0b9b
 def warm_up(
     source, target, net, cfg, run,  # As for `bpl`; `cfg` is a `WarmUp`, `net` has ImageNet weights where there are any
     **how,                          # run_dir, config, progress
@@ -182,6 +184,7 @@ def warm_up(
     "Source labels and an adversary."
     return bpl(source, target, net, cfg, run, stage='warm_up', **how)
 
+# %% ../nbs/05_methods/04_pbal.ipynb #f938c202
 def make_pseudo(
     target,      # Target images; their labels are never opened
     net,         # The network of `bpl`
@@ -221,7 +224,7 @@ def pst(
     return fit(one, feed(make, run, acc), parts, run, run_dir=run_dir, stage='pst', config=dict(config or {}, hyper=asdict(cfg)),
                accelerator=acc, progress=progress)
 
-# %% ../nbs/05_methods/04_pbal.ipynb #a5192b19
+# %% ../nbs/05_methods/04_pbal.ipynb #56c25ace
 @dataclass
 class WarmUp:
     "The start: source labels and an adversary, no prototypes yet (the released code has no script for it)."
@@ -237,6 +240,7 @@ class WarmUp:
     disc_width:int = 64           # Channels of its first convolution
     window:Window = PBAL_WINDOW   # Scale, window and flip of all images
 
+# %% ../nbs/05_methods/04_pbal.ipynb #a81b6dd0
 @dataclass
 class BPL(WarmUp):
     "Stage 1, bidirectional prototype learning: the warm-up and the alignment."
@@ -265,7 +269,7 @@ class PST:
     flip:bool = False             # Average over the mirrored image when pseudo labels are made
     window:Window = PBAL_WINDOW   # Scale, window and flip of all images
 
-# %% ../nbs/05_methods/04_pbal.ipynb #93a7f3cf
+# %% ../nbs/05_methods/04_pbal.ipynb #e902da18
 @dataclass
 class PBAL:
     "Settings of all stages."
@@ -274,6 +278,7 @@ class PBAL:
     pst:PST = field(default_factory=PST)             # Self-training
     distill:Distill = field(default_factory=lambda: Distill(mean_std=True))  # Two rounds of distillation
 
+# %% ../nbs/05_methods/04_pbal.ipynb #4815bf3d
 def _fitted(s:Situation):
     "One rate for all stages, which go on from each other; the distillation counts per pixel instead of per pixel and class."
     lr,window = learning_rate(s, .1),fitted_window(s)
@@ -281,7 +286,7 @@ def _fitted(s:Situation):
     distill = Distill(lr=lr, head_factor=1., length=s.length, kd=float(s.classes), mean_std=True, window=window)
     return PBAL(WarmUp(**every, **adversary), BPL(**every, **adversary), PST(**every, flip=True), distill)
 
-# %% ../nbs/05_methods/04_pbal.ipynb #1489c2f6
+# %% ../nbs/05_methods/04_pbal.ipynb #e6ba0ba2
 def _adversarial(job):
     if job.stage == 'warm_up': check_windows(job.cfg, job.source, job.target)
     return bpl(job.source, job.target, job.net, getattr(job.cfg, job.stage), run_of(job), stage=job.stage, **notes(job))
@@ -291,6 +296,7 @@ def _pst(job):
     job.net = begin(job, 'fresh')
     return pst(job.source, labels, job.net, job.cfg.pst, run_of(job), **notes(job))
 
+# %% ../nbs/05_methods/04_pbal.ipynb #4e9508cb
 METHOD = Method('pbal', 'Adapt with PBAL: warm-up, bidirectional alignment, self-training, two rounds of distillation.', PBAL,
     (('warm_up', _adversarial), ('bpl', _adversarial), ('pst', _pst), ('distill_1', first_round), ('distill_2', next_round)),
     net='pbal_resnet101', fitted=_fitted,

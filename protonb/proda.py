@@ -41,7 +41,7 @@ from .training import Train, accelerator_for, bare, fit
 from .transforms import resize_label
 from .windows import PRODA_WINDOW, Window, check_fits, into_view, shrunk
 
-# %% ../nbs/05_methods/05_proda.ipynb #784a62f0
+# %% ../nbs/05_methods/05_proda.ipynb #eb736a28
 FAR = 1e4   # Distance to a class that was never seen: finite, and its softmax is exactly 0
 
 def distances(
@@ -52,6 +52,7 @@ def distances(
     d = -prototype_logits(features.float(), prototypes.float(), metric='euclidean')
     return d.masked_fill(~prototypes.any(1)[:, None, None], FAR)
 
+# %% ../nbs/05_methods/05_proda.ipynb #e13c4bb9
 def prototype_weights(
     d,               # (B,K,h,w) distances
     temperature=1.,  # Multiplies the distances
@@ -59,6 +60,7 @@ def prototype_weights(
     "How much each class is supported by the place of the pixel in feature space."
     return torch.softmax(-d*temperature, 1)
 
+# %% ../nbs/05_methods/05_proda.ipynb #8d52be1f
 def rectify(
     soft,            # (B,K,h,w) probabilities of the network before
     d,               # (B,K,h,w) distances to the prototypes now
@@ -176,7 +178,7 @@ def predicted_means(
         masks = rows.T @ masks @ cols                                          # (B,K,h,w), same sums
     return masked_average_pool(features.float(), masks, K, per_image=True)[0], counts
 
-# %% ../nbs/05_methods/05_proda.ipynb #9e3c9e79
+# %% ../nbs/05_methods/05_proda.ipynb #12c4d638
 def enough(
     vectors,        # (N,K,C) class means of N images
     counts,         # (N,K) pixels behind them
@@ -185,6 +187,7 @@ def enough(
     "Which class means may move a prototype; a sum of exactly zero is passed over, as released."
     return (counts >= min_pixels) & (vectors.sum(2) != 0)
 
+# %% ../nbs/05_methods/05_proda.ipynb #3b036955
 def running_means(
     vectors,        # (N,K,C) class means of the images, in order
     counts,         # (N,K) pixels behind them
@@ -390,7 +393,7 @@ class Denoise:
     shrink:int = 4               # Image size over the size of the maps on which all this is done
     window:Window = PRODA_WINDOW # Scale, window and flip of all images
 
-# %% ../nbs/05_methods/05_proda.ipynb #994ce780
+# %% ../nbs/05_methods/05_proda.ipynb #d3b91560
 @dataclass
 class ProDA:
     "Settings of the four stages."
@@ -398,20 +401,22 @@ class ProDA:
     denoise:Denoise = field(default_factory=Denoise) # Stage 1
     distill:Distill = field(default_factory=Distill) # Stages 2 and 3
 
+# %% ../nbs/05_methods/05_proda.ipynb #67f3f3b4
 def _fitted(s:Situation):
-    "As PBAL's; an average and prototypes that move within the run."
-    every = dict(head_factor=1., length=s.length, window=fitted_window(s))
+    "As PBAL's; an average and prototypes that move within the run; images as the network wants them."
+    every = dict(head_factor=1., length=s.length, mean_std=True, window=fitted_window(s))
     slow = dict(ema=memory(s, .25), proto_momentum=memory(s, .25, s.batch), consistency=.1)
     return ProDA(AdversarialWarmUp(lr=learning_rate(s, .05), freeze_bn=False, **every), Denoise(lr=learning_rate(s, .02), **every, **slow),
                  Distill(lr=learning_rate(s, .1), kd=float(s.classes), **every))
 
-# %% ../nbs/05_methods/05_proda.ipynb #50570c6c
+# %% ../nbs/05_methods/05_proda.ipynb #7e946a15
 def _warm_up(job):
     check_windows(job.cfg, job.source, job.target)
     job.fresh()          # the discriminator has always drawn its weights after both networks
     D = proda_discriminator(job.target.space.num_classes)
     return adversarial_warm_up(job.source, job.target, job.net, D, job.cfg.warm_up, run_of(job), **notes(job))
 
+# %% ../nbs/05_methods/05_proda.ipynb #0acb1309
 def _soft(job):
     job.kept['soft'] = soft_labels(job.net, job.target, job.cfg.denoise, run_of(job), run_dir=job.run_dir, progress=job.progress)
     return dict(step=0, finished=True)

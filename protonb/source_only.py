@@ -7,15 +7,19 @@ __all__ = ['METHOD', 'upsampled_cross_entropy', 'step', 'SourceOnly', 'train']
 
 # %% ../nbs/05_methods/01_source_only.ipynb #88f2421c
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from .feeding import network_input
 from .labels import IGNORE
 from .methods import Method, notes, run_of
-from .optimization import make_optimizer, parameter_groups, polynomial, schedule
+from .mixing import shuffled_jitter
+from .optimization import optimizer_of
 from .recipes import Situation, crop, learning_rate
-from .streams import feed, labelled
+from .streams import feed, labelled, rare_first
 from .training import Train, accelerator_for, fit
 from .transforms import Augment
 
@@ -50,10 +54,15 @@ def step(
 @dataclass
 class SourceOnly:
     "Hyper-parameters of source-only training (DIP's baseline: same network, plain cross-entropy)."
-    lr:float = 0.01                # Learning rate of all parameters at the first step
+    lr:float = 0.01                # Learning rate of the backbone
+    optimizer:Literal['sgd', 'adamw'] = 'sgd'   # Its rule
+    head_factor:float = 1.         # The head learns this many times faster
     momentum:float = 0.9           # SGD momentum
-    weight_decay:float = 1e-4      # SGD weight decay, on every tensor
+    weight_decay:float = 1e-4      # L2 penalty on every tensor
+    warm:int = 0                   # Steps until the learning rate is reached
     power:float = 0.9              # Power of the polynomial decay to 0
+    colour:float = 0.              # Strength of the colour change of every image, 0..0.5
+    rare:float = 0.                # Temperature of rare-class sampling, e.g. 0.1; 0: every image once an epoch
     augment:Augment = field(default_factory=Augment)  # Crop and augmentation of the training images
 
 # %% ../nbs/05_methods/01_source_only.ipynb #57b09ad2
@@ -70,12 +79,13 @@ def train(
     "Train on labelled images only."
     acc = accelerator_for(run)
     net.train().to(memory_format=torch.channels_last)   # a third faster on a CPU, and what mixed precision on a GPU wants
-    opt = make_optimizer('sgd', parameter_groups(net, cfg.lr, weight_decay=cfg.weight_decay), cfg.lr, momentum=cfg.momentum)
-    sched = schedule(opt, polynomial(run.steps, cfg.power, ahead=1))
+    opt,sched = optimizer_of(net, cfg, run.steps, ahead=1)
     net,opt = acc.prepare(net, opt)
     one = lambda batch: step(net, opt, sched, batch, acc.backward)
-    return fit(one, feed(labelled(dataset, cfg.augment, run.seed), run, acc), dict(net=net, opt=opt, sched=sched), run,
-               run_dir=run_dir, stage='source_only', config=dict(config or {}, hyper=asdict(cfg)), accelerator=acc, progress=progress)
+    colour = partial(shuffled_jitter, strength=cfg.colour) if cfg.colour else None
+    make = labelled(dataset, cfg.augment, run.seed, colour=colour, draw=rare_first(dataset, cfg.rare, Path(run_dir)/'class_pixels.npz'))
+    return fit(one, feed(make, run, acc), dict(net=net, opt=opt, sched=sched), run, run_dir=run_dir, stage='source_only',
+               config=dict(config or {}, hyper=asdict(cfg)), accelerator=acc, progress=progress)
 
 # %% ../nbs/05_methods/01_source_only.ipynb #3e37ea99
 def _fitted(s:Situation):

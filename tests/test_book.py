@@ -4,12 +4,14 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 IDS = [str(p.relative_to(ROOT / "nbs")) for p in NOTEBOOKS]
+PAGES = run_path(str(ROOT / "tools" / "pages.py"))
 LAYERS = ["01_data", "02_ops", "03_models", "04_learning", "05_methods", "07_shell"]
 
 
@@ -111,3 +113,16 @@ def test_the_library_needs_no_nbdev():
 def test_metadata_has_one_source():
     setup = (ROOT / "setup.py").read_text()
     assert "settings.ini" in setup and not re.search(r"version\s*=\s*[\"']\d", setup)
+
+
+@pytest.mark.parametrize("path", PAGES["PAGES"], ids=lambda p: p.stem)
+def test_a_method_page_opens_with_its_idea(path):
+    """Short cells, a picture in one of six, and drawing, equation, step and table in front of what the command line needs."""
+    page = PAGES["measures"](path)
+    assert page["all"] <= 6, f"the median code cell has {page['all']:g} lines"
+    assert page["each"] <= 6, f"one picture in {page['each']:.1f} code cells"
+    parts = [page[k] for k in ("drawing", "equation", "step", "table")]
+    assert None not in parts, page
+    assert page["drawing"] < min(parts[1:]) and page["equation"] < page["step"] < page["table"], page
+    if path.parent.name == "05_methods":
+        assert page["table"] < page["settings"], page
