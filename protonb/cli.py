@@ -307,7 +307,8 @@ examples:
   protonb report runs/source runs/pbal --data cityscapes:/data/cityscapes
 
 data sets:
-  gta5:DIR  synthia:DIR  cityscapes:DIR  camvid:DIR  carla:DIR
+  gta5:DIR  synthia:DIR  cityscapes:DIR  camvid:DIR  carla:DIR  carlascapes:DIR
+  bdd100k:DIR  vistas:DIR  acdc:DIR  dark_zurich:DIR  idd:DIR
   folder:FILE.toml  images:DIR (unlabelled)  streets:synthetic  streets:real"""
 
 # %% ../nbs/07_shell/02_cli.ipynb #9668d313

@@ -118,11 +118,12 @@ def _place(root, layout, text, split, condition):
 
 def _is_there(place): return bool(glob(str(place).replace('[', '[[]'))) if is_pattern(place) else place.is_dir()
 
-def _elsewhere(layouts, root, split, condition):
-    "A folder one level below, or up to two above, in which the images would be found."
+def _elsewhere(layouts, root, split, condition, what):
+    "A folder one level below, or up to two above, in which all that is wanted would be found."
     if not root.is_dir(): return None
     near = [*sorted(p for p in root.iterdir() if p.is_dir()), *root.resolve().parents[:2]]
-    return next((p for p in near if any(_is_there(_place(p, l, l.images, split, condition)) for l in layouts)), None)
+    has_all = lambda p, l: all(_is_there(_place(p, l, getattr(l, w), split, condition)) for w in what)
+    return next((p for p in near if any(has_all(p, l) for l in layouts)), None)
 
 # %% ../nbs/01_data/03_datasets.ipynb #ab857fb3
 def _layout_at(kind, root, split, space, labelled, condition):
@@ -130,14 +131,15 @@ def _layout_at(kind, root, split, space, labelled, condition):
     every = LAYOUTS[kind]
     some = [l for l in every if space is None or set(space.classes) <= set(l.space.classes)]
     if not some: _within(space, every[-1].space, kind)
-    seen = [l for l in some if _is_there(_place(root, l, l.images, split, condition))]
-    for l in seen:
-        place = _place(root, l, l.labels, split, condition)
-        if not labelled or _is_there(place) and _any(place, l.label_end): return l
-    if not seen and (other := _elsewhere(some, root, split, condition)):
-        raise InputError(f'{_place(root, some[0], some[0].images, split, condition)}: no such folder, expected '
-                         f"{TITLES[kind]}'s images; they lie below {other}: give {kind}:{other}")
-    return (seen or some)[0]
+    place = lambda l, what: _place(root, l, getattr(l, what), split, condition)
+    seen = [l for l in some if _is_there(place(l, 'images'))]
+    full = [l for l in seen if _is_there(place(l, 'labels'))] if labelled else seen
+    if full: return next((l for l in full if not labelled or _any(place(l, 'labels'), l.label_end)), full[0])
+    lost, what = (seen or some)[0], ('images', 'labels') if seen else ('images',)
+    other, name = _elsewhere(some, root, split, condition, what), re.sub('_coarse$|_no_lanes$', '', kind)
+    if not other: return lost
+    raise InputError(f"{place(lost, what[-1])}: no such folder, expected {TITLES[kind]}'s {what[-1]}; "
+                     f'they lie below {other}: give {name}:{other}')
 
 def _any(place, endings):
     try: return bool(match_files(place, endings, 'labels', is_pattern(place)))

@@ -103,8 +103,8 @@ def image_size(
 )->tuple:    # (H,W) of what `read_image` gives
     "Size of a photo from its first bytes."
     try:
-        with Image.open(path) as im: w, h = im.size[::-1] if _orientation(im) > 4 else im.size
-        return h, w
+        with Image.open(path) as im: lying = im.format != 'TIFF' and _orientation(im) > 4        # a TIFF has turned by itself
+        return im.size if lying else im.size[::-1]
     except Exception: return read_image(path).shape[:2]     # whose complaint is one sentence
 
 # %% ../nbs/01_data/02b_files.ipynb #8479dce7
@@ -240,13 +240,14 @@ def match_files(
     text, found = Path(pattern).as_posix(), {}
     if not is_pattern(pattern): return list_files(pattern, endings, what, skip=skip)
     fixed = re.split(r'[^/]*[*?]', text)[0]
-    for hit in sorted(glob.glob(text.replace('[', '[[]'), recursive=True), key=normal):
+    hits = sorted(glob.glob(text.replace('[', '[[]'), recursive=True), key=normal)
+    if not hits: raise InputError(f'{pattern}: nothing matches, expected {what}')
+    for hit in hits:
         key = '/'.join(_stars(text).fullmatch(hit).groups()) if stars else hit[len(fixed):]
         if os.path.isdir(hit):
             for k, p in list_files(hit, endings, what, skip=skip).items(): _add(found, f'{normal(key)}/{k}', p)
         elif (end := _ending(hit, endings)) and not (skip and skip(Path(hit).name)):
             _add(found, normal(key).removesuffix(normal(end)), Path(hit))
-    if not found: raise InputError(f'{pattern}: nothing matches, expected {what}')
     return found
 
 # %% ../nbs/01_data/02b_files.ipynb #d0db2ae4
