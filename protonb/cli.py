@@ -55,9 +55,12 @@ def _about(o, m, target):
     return told | how | (dict(weak=o.data.weak) if m.target == 'weak' else {})
 
 # %% ../nbs/07_shell/02_cli.ipynb #49f241ea
+_NO_LANES = ('dip', 'pbal', 'proda', 'wdass')    # their papers leave SYNTHIA's lane markings out; PixDA calls them road
+
 def _start(o, m):
     "Source images or None, class space, name of the network, (weights) -> the network."
     if m.source == 'labelled':
+        if o.source.startswith('synthia:') and 'lane_is_road=' not in o.source and m.name in _NO_LANES: o.source += ',lane_is_road=false'
         source = probe(open_dataset(o.source, 'train', _space(o, m)), role=f'--source {o.source}')
         K = None if m.networks == 'features' else source.space.num_classes
         return source, source.space, o.net, lambda weights: build_net(o.net, K, weights, o.train.seed)

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 from .annotations import ALL_IN_ONE, PER_PHOTO, Entry, read_drawings, read_painted
 from .core import InputError
-from .files import PICTURES, is_pattern, list_files, match_files, normal, read_image, read_label, read_label16, read_list, read_text
+from protonb.files import (PICTURES, is_pattern, list_files, match_files, normal, noted, read_image, read_label, read_label16, read_list,
+    read_text)
 from .labels import CAMVID, CITYSCAPES, FAR, IGNORE, SPACES, TRAIN_IDS, ClassSpace, colour_table, label_table, map_colours, map_ids
 from .published import CONDITIONS, LAYOUTS, TITLES, ids_of
 from .transforms import resize_label
@@ -68,7 +69,8 @@ def _label_of(ds, i, size):
     label = torch.from_numpy(ids).long()
     if label.shape == size: return label
     if ds.resize_label: return resize_label(label, size)
-    raise InputError(f'{path}: is {raw.shape[1]}x{raw.shape[0]}, but its image {ds.image_paths[i]} is {size[1]}x{size[0]}')
+    turned = ' (turned upright by its EXIF note; the label is not)' if label.shape == size[::-1] and noted(ds.image_paths[i]) else ''
+    raise InputError(f'{path}: is {raw.shape[1]}x{raw.shape[0]}, but its image {ds.image_paths[i]} is {size[1]}x{size[0]}{turned}')
 
 # %% ../nbs/01_data/03_datasets.ipynb #74e4088e
 def _no_other(raw): return bool((raw == IGNORE).any()) and not bool(((raw > 0) & (raw < IGNORE)).any())
@@ -406,9 +408,10 @@ def chosen(
         cuts = [(line, None)] + [(line[:m.start()], line[m.end():]) for m in re.finditer(r'[\s,;]+', line)]
         key, label = next(((k, l) for name, l in cuts if (k := _key_of(name, here, path))), ('', None))
         if not key: raise InputError(f'{path}: {line!r} is none of the {len(images)} images')
+        if label == '-1' and label not in there: continue                     # VOC's lists of one class: it is not in this image
         if key in some: raise InputError(f'{path}: {line!r} is there twice')
         some[key] = images[key]
-        if label is None or not labelled: truth |= {key: labels[key]} if key in labels else {}
+        if label is None or not labelled or label in ('0', '1') and label not in there: truth |= {key: labels[key]} if key in labels else {}
         else: truth[key] = labels.get(_key_of(label, there, path)) or _beside(path, label)
     return some, truth
 
@@ -461,7 +464,7 @@ def take(
 )->Part:      # The same protocol
     "Choose samples by position or by name."
     where, out = {n: i for i, n in enumerate(dataset.names)}, []
-    for i in indices:
+    for i in (normal(i) if isinstance(i, str) else i for i in indices):
         if isinstance(i, str) and i not in where: raise InputError(f'{i!r} is not among the {len(dataset)} names of the data set')
         out.append(where[i] if isinstance(i, str) else int(i))
         if not 0 <= out[-1] < len(dataset): raise InputError(f'index {out[-1]} is outside the data set, expected 0..{len(dataset)-1}')

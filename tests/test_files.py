@@ -779,3 +779,59 @@ def test_paths_that_the_system_refuses(tmp_path):
             ["train", "source-only", "--source", f"folder:/tmp/{long}.toml", "--out", tmp_path / "r", *SMALL]):
         rc, said = command(*words)
         assert rc == 2 and long in said and said.count("protonb:") == 1, said
+
+
+def test_coarse_outlines_as_weak_labels(tmp_path):
+    from protonb.weak_labels import cityscapes_weak
+    for i in range(2):
+        save(tmp_path / f"leftImg8bit/train/x/a_{i}_leftImg8bit.png", PHOTO)
+        p = tmp_path / f"gtCoarse/train/x/a_{i}_gtCoarse_polygons.json"
+        p.parent.mkdir(parents=True, exist_ok=True)
+        p.write_text(json.dumps(dict(imgHeight=3, imgWidth=4, objects=[dict(label="car", polygon=SQUARE)])))
+    weak, plain = cityscapes_weak(tmp_path, "coarse"), open_dataset(f"cityscapes:{tmp_path},labels=coarse")
+    assert weak[1][1].tolist() == plain[1][1].tolist() == np.where(WANT == 1, 13, 255).tolist()
+    p.unlink()
+    refused(lambda: cityscapes_weak(tmp_path, "coarse"), "a_1_leftImg8bit.png: has no label")
+
+
+def test_lanes_of_synthia_as_each_paper_has_them(tmp_path):
+    import cv2
+    raw = np.zeros((40, 48, 3), np.uint16)
+    raw[..., 2] = 3
+    raw[:20, :, 2] = 22
+    for i in range(2):
+        save(tmp_path / f"RGB/{i}.png", np.zeros((40, 48, 3), np.uint8))
+        (tmp_path / "GT/LABELS").mkdir(parents=True, exist_ok=True)
+        assert cv2.imwrite(str(tmp_path / f"GT/LABELS/{i}.png"), raw)
+    from protonb.cli import open_job, parse
+    share = {}
+    for name, net in (("source-only", "iapc_small"), ("pixda", "pixda_small"), ("pbal", "pbal_small"), ("proda", "proda_small")):
+        for more in ("", ",lane_is_road=true", ",lane_is_road=false"):
+            words = ["train", name, "--source", f"synthia:{tmp_path}{more}", "--out", str(tmp_path / "r"), "--net", net, "--device", "cpu"]
+            if name != "source-only": words += ["--target", f"synthia:{tmp_path}"]
+            if name == "pixda":
+                (tmp_path / "few.txt").write_text("0\n")
+                words += ["--few", str(tmp_path / "few.txt")]
+            job, _ = open_job(parse(words))
+            share[name, more] = (job.source[0][1][:20] == 0).float().mean().item()
+    for name in ("source-only", "pixda", "pbal", "proda"):
+        assert share[name, ",lane_is_road=true"] == 1 and share[name, ",lane_is_road=false"] == 0
+    assert [share[n, ""] for n in ("source-only", "pixda", "pbal", "proda")] == [1, 1, 0, 0]
+
+
+def test_labels_drawn_on_the_unturned_photo_are_named(tmp_path):
+    noted(tmp_path / "img/1.jpg", np.kron(PHOTO, np.ones((16, 16, 1), np.uint8)), 8), save(tmp_path / "lab/1.png", np.zeros((64, 48), np.uint8))
+    refused(lambda: labels_of(describe(tmp_path, "")), "is 48x64", "is 64x48", "EXIF")
+
+
+def test_lists_of_one_class_as_voc_has_them(voc):
+    assert folder(voc("000  1\n001 -1\n003  0\n")).names == ["000", "003"]
+
+
+def test_weak_labels_that_are_all_255(street):
+    for i in range(4): save(street / f"void/{i}.png", np.full((40, 48), 255, np.uint8))
+    good, void = describe(street, "", "good.toml"), describe(street, "", "void.toml", labels="void")
+    void.write_text(void.read_text() + '\n[ids]\n0 = "ground"\n1 = "car"\n2 = "tree"\n255 = "ignore"')
+    small = ["--net", "wdass_small", "--steps", "2", "--batch-size", "2", "--device", "cpu", "--crop-height", "32", "--crop-width", "32"]
+    rc, said = command("train", "wdass", "--source", f"folder:{good}", "--target", f"folder:{void}", "--out", street / "r", *small)
+    assert rc == 2 and f"--target folder:{void}" in said and "255" in said and not (street / "r").exists(), said
