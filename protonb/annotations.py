@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 from .core import InputError
-from .files import normal, read_text
+from .files import normal, read_text, small_enough
 from .labels import IGNORE
 
 # %% ../nbs/01_data/02c_annotations.ipynb #8d201181
@@ -47,6 +47,7 @@ def paint(
     where='drawing',  # Name of the file, for the error message
 )->np.ndarray:        # (H,W) uint8 raw ids
     "Paint the shapes over each other in their order."
+    small_enough(*drawing.size[::-1], where)
     im = Image.new('L', drawing.size[::-1], ground)
     pen = ImageDraw.Draw(im)
     for s in drawing.shapes:
@@ -60,10 +61,12 @@ def paint(
             im.paste(i, (left, top), mask)
     return np.array(im)
 
+# %% ../nbs/01_data/02c_annotations.ipynb #13d8e105
 def _rings(where, *rings):
     "Rings of (x,y) with at least two points."
     rings = tuple(tuple((float(x), float(y)) for x, y in r) for r in rings)
     if not rings or any(len(r) < 2 for r in rings): raise InputError(f'{where}: a polygon has fewer than two points')
+    if not all(abs(v) < 1e6 for r in rings for p in r for v in p): raise InputError(f'{where}: a polygon has a corner at no pixel')
     return rings
 
 # %% ../nbs/01_data/02c_annotations.ipynb #c1b07e0f
@@ -85,12 +88,14 @@ def _labelme(d, where):
         elif kind == 'rectangle': data = tuple(zip(*(sorted(v) for v in zip(*points))))
         elif kind == 'mask': data = (round(points[0][0]), round(points[0][1]), _png(s['mask']))
         else: data = _rings(where, points) if kind == 'polygon' else ()
-        shapes.append(Shape(s['label'], kind, data))
-    return Drawing((int(d['imageHeight']), int(d['imageWidth'])), tuple(shapes))
+        shapes.append(Shape(str(s['label']), kind, data))
+    size = d.get('imageHeight'), d.get('imageWidth')
+    if None in size: size = Image.open(io.BytesIO(base64.b64decode(d['imageData']))).size[::-1]     # files of old versions
+    return Drawing(tuple(map(int, size)), tuple(shapes))
 
 # %% ../nbs/01_data/02c_annotations.ipynb #cd2062f3
 def _cityscapes(d, where):
-    name = lambda s: s.removesuffix('group') if s != 'polegroup' else s
+    name = lambda s: str(s).removesuffix('group') if s != 'polegroup' else s
     shapes = (Shape(name(o['label']), 'polygon', _rings(where, o['polygon'])) for o in d['objects'] if not o.get('deleted'))
     return Drawing((int(d['imgHeight']), int(d['imgWidth'])), tuple(shapes))
 
@@ -101,7 +106,7 @@ def _supervisely(d, where):
         if kind == 'bitmap': data = (*o['bitmap']['origin'], _png(o['bitmap']['data']))
         elif kind == 'rectangle': data = tuple(zip(*(sorted(v) for v in zip(*o['points']['exterior']))))
         else: data = _rings(where, o['points']['exterior'], *o['points'].get('interior', ())) if kind == 'polygon' else ()
-        shapes.append(Shape(o['classTitle'], 'mask' if kind == 'bitmap' else kind, data))
+        shapes.append(Shape(str(o['classTitle']), 'mask' if kind == 'bitmap' else kind, data))
     return Drawing((int(d['size']['height']), int(d['size']['width'])), tuple(shapes))
 
 PER_PHOTO = dict(labelme=_labelme, cityscapes=_cityscapes, supervisely=_supervisely)   # format -> (JSON, where) -> `Drawing`

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 from .annotations import ALL_IN_ONE, PER_PHOTO, Entry, read_drawings, read_painted
 from .core import InputError
-from protonb.files import (PICTURES, is_pattern, list_files, match_files, normal, noted, read_image, read_label, read_label16, read_list,
-    read_text)
+from .files import (PICTURES, is_pattern, list_files, match_files, normal, noted, read_image, read_label, read_label16, read_list,
+    read_palette, read_text)
 from .labels import CAMVID, CITYSCAPES, FAR, IGNORE, SPACES, TRAIN_IDS, ClassSpace, colour_table, label_table, map_colours, map_ids
 from .published import CONDITIONS, LAYOUTS, TITLES, ids_of
 from .transforms import resize_label
@@ -53,7 +53,9 @@ class PairFolder(Dataset):
 # %% ../nbs/01_data/03_datasets.ipynb #232b1cef
 def _raw(ds, path):
     if ds.read: return ds.read(path, ds.channel)
-    return read_label(path, ds.channel, ds.colours is not None, bool(ds.colours and ds.colours.nearest))
+    c = ds.colours
+    lossy = '' if not (c and c.nearest) else 'grey' if all(len({*rgb}) == 1 for rgb in c.colours) else 'colour'
+    return read_label(path, ds.channel, c is not None, lossy)
 
 def _label_of(ds, i, size):
     "Label of pair i as (H,W) int64 train ids, of the image's size."
@@ -63,7 +65,7 @@ def _label_of(ds, i, size):
     if raw.ndim == 3: ids = map_colours(raw, ds.colours, path)
     else:
         if ds.table is None: raise InputError(f'{path}: holds numbers, expected a mask in the colours of its classes')
-        if ds.guessed: _not_swallowed(ds, raw, path)
+        if ds.guessed: _not_swallowed(ds, raw, path), _not_reordered(ds, raw, path)
         ids = map_ids(raw, ds.table, path)
         if ds.mask is not None: ids[ds.mask(raw)] = IGNORE
     label = torch.from_numpy(ids).long()
@@ -86,6 +88,18 @@ def _not_swallowed(ds, raw, path):
     lost, other = ' and '.join(more[:2]) or first, (more or ['ignore'])[0]
     raise InputError(f'{path}: holds 255 and no id but 0; 255 counts as ignore, so {lost} would never be seen. Say in a table '
                      f'[ids] what the numbers mean, such as 0 = "{first}" and 255 = "{other}", or 255 = "ignore"')
+
+# %% ../nbs/01_data/03_datasets.ipynb #4af68259
+def _not_reordered(ds, raw, path):
+    "Refuse a palette file whose colours say something else than its indices."
+    palette = read_palette(path) if ds.colours else []
+    said = dict(zip(ds.colours.colours, ds.colours.ids)) if palette else {}
+    used = [int(i) for i in np.unique(raw) if i < len(palette)]
+    if not used or any(palette[i] not in said for i in used): return
+    for i in used:
+        if ds.table.known[i] and said[palette[i]] != ds.table.ids[i]:
+            raise InputError(f'{path}: index {i} has the colour {list(palette[i])} of another class than number {i}; say in a table [ids] '
+                             'what the indices mean, or save the mask as RGB')
 
 # %% ../nbs/01_data/03_datasets.ipynb #793ed615
 def _paired(images, labels, image_folder, label_folder, ending='.png', only_labelled=False):
@@ -279,6 +293,7 @@ def _toml_colours(path, cfg, own, space):
     pairs = [(rgb, c) for c, group in groups.items() for rgb in group] + [(tuple(rgb), None) for rgb in ignored]
     if len({rgb for rgb, _ in pairs}) < len(pairs): return None
     near = cfg.get('nearest', 0)
+    if not 0 <= near < 442: raise InputError(f'{path}: nearest is {near}, expected true, false or a distance 0..441')
     return colour_table(dict(pairs), space, FAR if near is True else float(near))
 
 # %% ../nbs/01_data/03_datasets.ipynb #8308001c
@@ -347,10 +362,11 @@ def _part(config, cfg, split, here, there, labelled):
     "Images and labels of one folder or pattern, by key. A label is no photo, though it may lie among them."
     kind = cfg.get('format', 'files')
     stars = bool(there and is_pattern(here) and is_pattern(there))
-    endings = [cfg['image_suffix']] if 'image_suffix' in cfg else PICTURES
-    ends = [cfg['label_suffix']] if 'label_suffix' in cfg else _ENDS.get(kind, _JSON)
+    ended = lambda key, usual: [cfg[key]] if key in cfg else usual
+    endings, ends = ended('image_suffix', PICTURES), ended('label_suffix', _ENDS.get(kind, _JSON))
     skip = (lambda name: _is_label(name, endings, ends)) if _shared(config, cfg, here) else None
     images = match_files(here, endings, f'the {split} images', stars, skip)
+    if skip and not images: raise InputError(f'{here}: holds labels and no image; set image_suffix and label_suffix in {config}')
     if not (there and labelled): return images, {}
     return images, _entries(there, kind, images) if kind in ALL_IN_ONE else match_files(there, ends, f'the {split} labels', stars)
 
@@ -360,6 +376,7 @@ def _entries(path, kind, images):
     found = {_key_of(name, tails, path): Entry(path, name) for name in read_drawings(path, kind)}
     return {k: e for k, e in found.items() if k}
 
+# %% ../nbs/01_data/03_datasets.ipynb #a96f902c
 def _shared(config, cfg, here):
     "Whether labels of any split lie in a folder of images, or may do so because none has a folder of its own."
     if 'labels' not in cfg: return 'label_suffix' in cfg

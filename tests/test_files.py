@@ -111,6 +111,38 @@ def test_lossy_masks(tmp_path):
     refused(lambda: labels_of(describe(tmp_path, "nearest = true")), f"nor within {FAR:g}")
 
 
+def test_black_and_white_jpegs(tmp_path):
+    ids, classes = np.kron(IDS > 0, np.ones((24, 24), np.uint8)).astype(np.uint8), dict(ground=(0, 0, 0), car=(255, 255, 255))
+    save(tmp_path / "img/1.png", np.kron(PHOTO, np.ones((24, 24, 1), np.uint8)))
+    save(tmp_path / "lab/1.jpg", ids*255, quality=80)
+    toml = describe(tmp_path, 'label_suffix = ".jpg"\nnearest = true', classes=classes)
+    got = np.array(labels_of(toml)[0])
+    assert (got == ids).mean() > .97 and (got[got != ids] == 255).all()
+    refused(lambda: labels_of(describe(tmp_path, 'label_suffix = ".jpg"', classes=classes)), "JPEG")
+    refused(lambda: labels_of(describe(tmp_path, 'label_suffix = ".jpg"\nnearest = true', classes=dict(classes, car=(255, 0, 0)))), "JPEG")
+
+
+def test_palettes_whose_colours_are_in_another_order(tmp_path):
+    im = Image.fromarray(painted()).quantize(3, dither=Image.Dither.NONE)                   # numbers the colours as it likes
+    order = [tuple(im.getpalette()[3*i:3*i+3]) for i in range(3)]
+    save(tmp_path / "img/1.png", PHOTO), (tmp_path / "lab").mkdir()
+    im.save(tmp_path / "lab/1.png")
+    names = [next(c for c, rgb in COLOURS.items() if rgb == o) for o in order]
+    assert sorted(names) == sorted(COLOURS)
+    if order != list(COLOURS.values()): refused(lambda: labels_of(describe(tmp_path, "")), "lab/1.png", "index", "[ids]")
+    toml = describe(tmp_path, "")
+    toml.write_text(toml.read_text() + "\n[ids]\n" + "\n".join(f'{i} = "{c}"' for i, c in enumerate(names)))
+    assert labels_of(toml) == [IDS.tolist()]
+    toml = describe(tmp_path, "", classes={c: COLOURS[c] for c in names})                # and in the order of the palette it is read as it was
+    assert labels_of(toml) == [np.array(im).tolist()]
+
+
+def test_settings_of_colours_are_checked(tmp_path):
+    save(tmp_path / "img/1.png", PHOTO), save(tmp_path / "lab/1.png", IDS)
+    for bad in ("-3", "nan", "500.5"): refused(lambda: folder(describe(tmp_path, f"nearest = {bad}")), "nearest is")
+    refused(lambda: folder(describe(tmp_path, 'nearest = "yes"')), "nearest is 'yes'")
+
+
 # ---- 255 that may be a class
 
 @pytest.mark.parametrize("form", ["grey", "palette", "channel", "wide", "white"])
@@ -449,6 +481,18 @@ def test_labelme(tmp_path):
     refused(lambda: labels_of(outlined(tmp_path, "labelme", {"ann/a.json": "{"})), "a.json: is no labelme file")
     refused(lambda: labels_of(outlined(tmp_path, "labelme", {"ann/a.json": dict(labelme(car), imageHeight=5)})), "is 4x5, but its image")
     refused(lambda: folder(outlined(tmp_path, "labelmi", {})), "format is 'labelmi', expected one of: files, labelme")
+
+
+def test_drawings_that_cannot_be(tmp_path):
+    car = dict(label="car", points=SQUARE)
+    for d, words in ((dict(labelme(car), imageHeight=10**6, imageWidth=10**7), "PROTONB_MAX_PIXELS"),
+            (labelme(dict(car, points=[[float("nan"), 1], [2, 2]])), "no pixel"), (labelme(dict(car, points=[[1, 1]])), "fewer than two points"),
+            ([], "is no labelme file"), (labelme(dict(car, label=["car"])), "unknown class")):
+        refused(lambda: labels_of(outlined(tmp_path, "labelme", {"ann/a.json": d})), "ann/a.json", words)
+    f = io.BytesIO()
+    Image.fromarray(PHOTO).save(f, "PNG")
+    old = dict(shapes=[car], imageData=base64.b64encode(f.getvalue()).decode())               # LabelMe 3 wrote no sizes
+    assert labels_of(outlined(tmp_path, "labelme", {"ann/a.json": old})) == [WANT.tolist()]
 
 
 def test_cityscapes_polygons_of_own_data(tmp_path):
