@@ -347,11 +347,12 @@ def _toml_pairs(config, cfg, split, labelled, only_labelled):
     there = there*len(here) if len(there) == 1 else there
     if there and len(there) != len(here):
         raise InputError(f'{config}: {split} has {len(here)} folders of images and {len(there)} of labels, expected as many, or one')
-    top, images, labels = os.path.commonpath(here), {}, {}
+    top, images, labels = os.path.commonpath(map(os.path.abspath, here)), {}, {}
     for a, b in zip(here, there or [None]*len(here)):
         prefix = os.path.relpath(a, top).replace(os.sep, '/') + '/' if len(here) > 1 else ''
         for all_, found in zip((images, labels), _part(config, cfg, split, a, b, labelled)):
             all_.update({prefix+k: p for k, p in found.items()})
+    if len(set(images.values())) < len(images): raise InputError(f'{config}: {split} in [images] names some files twice: {", ".join(here)}')
     if split in cfg.get('lists', {}): images, labels = chosen(_places(config, cfg['lists'][split])[0], images, labels, labelled)
     if not labelled or not (there or labels): labels = None
     ending = cfg.get('label_suffix', '.png')

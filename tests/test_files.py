@@ -879,3 +879,26 @@ def test_weak_labels_that_are_all_255(street):
     small = ["--net", "wdass_small", "--steps", "2", "--batch-size", "2", "--device", "cpu", "--crop-height", "32", "--crop-width", "32"]
     rc, said = command("train", "wdass", "--source", f"folder:{good}", "--target", f"folder:{void}", "--out", street / "r", *small)
     assert rc == 2 and f"--target folder:{void}" in said and "255" in said and not (street / "r").exists(), said
+
+
+def test_a_method_called_from_python_asks_for_labels_too(street):
+    from protonb.deeplabv2 import wdass_small
+    from protonb.methods import Job, train
+    from protonb.runs import METHODS
+    from protonb.training import Train
+    bare, m = folder(describe(street, "", labels=None)), METHODS["source-only"]
+    job = Job(m, m.settings(), Train(steps=1, batch_size=1, device="cpu"), street / "r", wdass_small(num_classes=3), bare)
+    refused(lambda: train(job), "source: has no labels")
+    assert not (street / "r").exists()
+
+
+def test_folders_that_overlap(tmp_path):
+    save(tmp_path / "img/a/1.png", PHOTO), save(tmp_path / "img/b/2.png", PHOTO)
+
+    def opened(images):
+        (tmp_path / "d.toml").write_text(f"space = 'camvid'\nimages = {{train = {images}}}")
+        return folder(tmp_path / "d.toml")
+    assert opened(f'["img/a", "{tmp_path}/img/b"]').names == ["1", "2"]
+    refused(lambda: opened('["img", "img/b"]'), "twice")
+    refused(lambda: opened('"img/**"'), "same name")
+    assert len(opened('"im?/**/*.png"')) == 2
