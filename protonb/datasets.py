@@ -8,6 +8,7 @@ __all__ = ['PairFolder', 'published', 'gta5', 'cityscapes', 'synthia', 'camvid',
 
 # %% ../nbs/01_data/03_datasets.ipynb #5d4c5314
 import os, re, tomllib
+from collections import Counter
 from functools import partial
 from glob import glob
 from pathlib import Path
@@ -17,8 +18,8 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 from .annotations import ALL_IN_ONE, PER_PHOTO, Entry, read_drawings, read_painted
 from .core import InputError
-from .files import (PICTURES, is_pattern, list_files, match_files, normal, noted, read_image, read_label, read_label16, read_list,
-    read_palette, read_text)
+from .files import (PICTURES, files_below, is_pattern, list_files, match_files, normal, noted, read_image, read_label, read_label16,
+    read_list, read_palette, read_text)
 from .labels import CAMVID, CITYSCAPES, FAR, IGNORE, SPACES, TRAIN_IDS, ClassSpace, colour_table, label_table, map_colours, map_ids
 from .published import CONDITIONS, LAYOUTS, TITLES, ids_of
 from .transforms import resize_label
@@ -104,7 +105,7 @@ def _not_reordered(ds, raw, path):
 # %% ../nbs/01_data/03_datasets.ipynb #793ed615
 def _paired(images, labels, image_folder, label_folder, ending='.png', only_labelled=False):
     "Lists of image paths, label paths and unique names from two dictionaries by key."
-    if not images: raise InputError(f'{image_folder}: holds no image')
+    if not images: raise InputError(f'{image_folder}: holds no image{_instead(image_folder)}')
     if labels is None: return list(images.values()), None, _names(images)
     lone = [k for k in images if k not in labels]
     if only_labelled and lone:
@@ -115,6 +116,12 @@ def _paired(images, labels, image_folder, label_folder, ending='.png', only_labe
         more = f' (and {len(lone)-1} more images)' if len(lone) > 1 else ''
         raise InputError(f'{images[lone[0]]}: has no label, expected {label_folder}/{lone[0]}{ending}{more}')
     return [images[k] for k in images], [labels[k] for k in images], _names(images)
+
+def _instead(folder):
+    "What a folder without images holds, where that may help."
+    if not os.path.isdir(folder) or not (ends := Counter(p.suffix.lower() for p in files_below(folder, 'images'))): return ''
+    end, n = ends.most_common(1)[0]
+    return f'; {n} of its files end in {end or "nothing"}, expected {", ".join(PICTURES)}' if end not in PICTURES else ''
 
 def _names(keys):
     "File names for keys that may contain folders: the last part when that is unique, all parts joined otherwise."

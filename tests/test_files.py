@@ -902,3 +902,9 @@ def test_folders_that_overlap(tmp_path):
     refused(lambda: opened('["img", "img/b"]'), "twice")
     refused(lambda: opened('"img/**"'), "same name")
     assert len(opened('"im?/**/*.png"')) == 2
+
+
+def test_a_folder_without_images_says_what_it_holds(tmp_path):
+    (tmp_path / "phone").mkdir()
+    for i in range(3): (tmp_path / f"phone/{i}.HEIC").write_bytes(b"x")
+    refused(lambda: images(tmp_path / "phone"), "phone: holds no image; 3 of its files end in .heic, expected .png")
