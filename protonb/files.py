@@ -84,8 +84,9 @@ _TURNS = {2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::
 
 def _orientation(im):
     "EXIF orientation, 1 to 8; 1 = upright, or a note that cannot be read."
-    try: return int(Image.Image.getexif(im).get(0x0112, 1))     # not the PNG's own, which would decode the picture
+    try: note = Image.Image.getexif(im).get(0x0112, 1)     # not the PNG's own, which would decode the picture
     except Exception: return 1
+    return note if note in _TURNS else 1
 
 def _upright(a, im):
     "The array as it is to be looked at."
@@ -130,7 +131,8 @@ def _samples(path, what):
         import cv2      # late: few labels need it
         a = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
         if a is None or a.dtype != np.uint16: raise InputError(f'{path}: cannot be decoded, expected {what}')
-        a = a[..., :bands] if im.mode == 'LA' or a.ndim == 2 else a[..., [2, 1, 0, 3][:a.shape[2]]]
+        grey = a.ndim == 2 or im.format == 'PNG' and data[25] == 4          # grey with alpha comes as four channels
+        a = a.reshape(*a.shape[:2], -1)[..., 0] if grey else a[..., [2, 1, 0, 3][:a.shape[2]]]
     if im.mode == 'L' and 1 < depth < 8: a = a//(255//(2**depth-1))       # Pillow stretches 2- and 4-bit grey to 0..255
     return _upright(a, im), im, depth
 
@@ -150,7 +152,7 @@ def read_label(
 )->np.ndarray:     # (H,W) uint8 raw ids, or (H,W,3) uint8 colours
     "Read a label file as the numbers that were written, or refuse."
     raw, im, depth = _samples(path, 'a label')
-    bands = len(im.getbands()) - ('A' in im.getbands())
+    bands = 1 if raw.ndim == 2 else len(im.getbands()) - ('A' in im.getbands())
     altered = im.format in ('JPEG', 'MPO', 'WEBP')
     modes = ('RGB', 'RGBA', *(['L'] if altered and lossy == 'grey' else []))
     painted = colours and channel is None and im.mode in modes and depth == 8

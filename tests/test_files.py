@@ -908,3 +908,28 @@ def test_a_folder_without_images_says_what_it_holds(tmp_path):
     (tmp_path / "phone").mkdir()
     for i in range(3): (tmp_path / f"phone/{i}.HEIC").write_bytes(b"x")
     refused(lambda: images(tmp_path / "phone"), "phone: holds no image; 3 of its files end in .heic, expected .png")
+
+
+def test_rare_labels(tmp_path):
+    """Grey with alpha in 16 bits, a transparent grey value, one bit in a TIFF, a BMP with a palette, an ending in capitals."""
+    grey = np.stack([IDS, np.full_like(IDS, 255)], -1).astype(">u2")
+    chunk = lambda t, d: struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d))
+    (tmp_path / "la.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 3, 16, 4, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(b"".join(b"\0" + r.tobytes() for r in grey))) + chunk(b"IEND", b""))
+    assert (read_label(tmp_path / "la.png") == IDS).all()
+    assert (read_label(save(tmp_path / "t.png", IDS, transparency=0)) == IDS).all()
+    assert (read_label(save(tmp_path / "b.tif", IDS > 0, compression="group4")) == (IDS > 0)).all()
+    im = Image.fromarray(IDS)
+    im.putpalette(list(np.random.default_rng(0).integers(0, 256, 768)))
+    im.save(tmp_path / "p.bmp")
+    assert (read_label(tmp_path / "p.bmp") == IDS).all()
+    save(tmp_path / "img/1.JPG", PHOTO), save(tmp_path / "lab/1.PNG", IDS)
+    assert labels_of(describe(tmp_path, "")) == [IDS.tolist()]
+
+
+def test_notes_that_mean_nothing(tmp_path):
+    note = Image.Exif()
+    note[0x0112] = 77
+    for name, exif in (("a.jpg", note), ("b.jpg", b"Exif\0\0no notes at all")):
+        p = save(tmp_path / name, PHOTO, exif=exif)
+        assert read_image(p).shape == (3, 4, 3) and image_size(p) == (3, 4)
