@@ -10,7 +10,6 @@ import base64, io, json, zlib
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 from .core import InputError
