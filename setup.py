@@ -32,8 +32,9 @@ setup(
     package_data={"protonb": ["lists/*.csv"]},
     install_requires=words("requirements"),
     extras_require={
-        "dev": words("dev_requirements") + words("triton_requirements") + words("backbones_requirements"),
+        "dev": words("dev_requirements") + words("triton_requirements") + words("backbones_requirements") + words("coco_requirements"),
         "backbones": words("backbones_requirements"),
+        "coco": words("coco_requirements"),
         "foundation": words("foundation_requirements"),
         "triton": words("triton_requirements"),
     },

@@ -56,10 +56,13 @@ def _about(o, m, target):
     return told | how | (dict(weak=o.data.weak) if hasattr(getattr(o, 'data', None), 'weak') else {})
 
 # %% ../nbs/07_shell/02_cli.ipynb #49f241ea
+_NO_LANES = ('dip', 'pbal', 'proda', 'wdass')    # their papers leave SYNTHIA's lane markings out; PixDA calls them road
+
 def _start(o, m):
     "Source images or None, class space, name of the network, (weights) -> the network."
     if m.source == 'labelled':
-        source = probe(open_dataset(o.source, 'train', _space(o, m)))
+        if o.source.startswith('synthia:') and 'lane_is_road=' not in o.source and m.name in _NO_LANES: o.source += ',lane_is_road=false'
+        source = probe(open_dataset(o.source, 'train', _space(o, m)), role=f'--source {o.source}')
         K = None if m.networks == 'features' else source.space.num_classes
         return source, source.space, o.net, lambda weights: build_net(o.net, K, weights, o.train.seed)
     first = open_run(o.start)
@@ -75,7 +78,7 @@ def open_job(
     m = o.method
     source,space,name,make = _start(o, m)
     _follow(o, source)
-    target,val = open_target(m, o, space),probe(open_dataset(o.val, 'val', space)) if o.val else None
+    target,val = open_target(m, o, space),probe(open_dataset(o.val, 'val', space), role=f'--val {o.val}') if o.val else None
     about = dict(net=name, space=space_to_dict(space), **_about(o, m, target))
     weights,begin = getattr(o, 'weights', None),getattr(o, 'begin', 'published').replace('published', '')
     fresh = lambda: make(getattr(o, 'fresh', None) or weights)
@@ -308,7 +311,8 @@ examples:
   protonb report runs/source runs/pbal --data cityscapes:/data/cityscapes
 
 data sets:
-  gta5:DIR  synthia:DIR  cityscapes:DIR  camvid:DIR  carla:DIR
+  gta5:DIR  synthia:DIR  cityscapes:DIR  camvid:DIR  carla:DIR  carlascapes:DIR
+  bdd100k:DIR  vistas:DIR  acdc:DIR  dark_zurich:DIR  idd:DIR
   folder:FILE.toml  images:DIR (unlabelled)  streets:synthetic  streets:real"""
 
 # %% ../nbs/07_shell/02_cli.ipynb #9668d313
@@ -329,6 +333,10 @@ def main(
         return COMMANDS.get(type(o), train)(o)
     except InputError as e:
         print(f'protonb: {" ".join(str(e).split())}', file=sys.stderr)
+        return 2
+    except OSError as e:                             # a path that the system refuses: too long, not to be entered, ...
+        if e.filename is None: raise
+        print(f'protonb: {e.filename}: {e.strerror}; expected a path that can be used', file=sys.stderr)
         return 2
     except Stopped as e:
         print(e)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 from .core import InputError, atomic_path
+from .files import read_image
 from .labels import SPACES, ClassSpace, colorize
 
 # %% ../nbs/04_learning/03_evaluation.ipynb #b01d53a6
@@ -199,6 +200,10 @@ def _check_pair(image, label, name):
 
 def _name_of(dataset, i): return str(dataset.names[i]) if hasattr(dataset, 'names') else f'image {i}'
 
+def _scored(cm, space, absent):
+    if not cm.any(): raise InputError(f'no image has a labelled pixel of {space.name}; there is nothing to score')
+    return Scores(cm, space, absent)
+
 class _Every:
     "Items rank, rank+world, ... of a data set, with their index; a class so that loader workers can have it."
     def __init__(self, dataset, rank, world): self.dataset, self.ids = dataset, range(rank, len(dataset), world)
@@ -232,7 +237,7 @@ def evaluate(
         if len(logits) != K: raise ValueError(f'the segmenter gives {len(logits)} classes; {space.name} has {K}')
         counts = confusion_matrix(argmax_upsampled(logits, tuple(label.shape)), label.to(logits.device), K)
         cm = cm.to(counts.device) + counts
-    return Scores(acc.reduce(cm, 'sum') if acc else cm, space, absent)
+    return _scored(acc.reduce(cm, 'sum') if acc else cm, space, absent)
 
 # %% ../nbs/04_learning/03_evaluation.ipynb #0d4156b9
 def blend(
@@ -266,10 +271,7 @@ def _as_array(image, name):
     if isinstance(image, np.ndarray):
         if image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8: return np.ascontiguousarray(image)
         raise InputError(f'{name}: got {image.dtype} {image.shape}; expected an image uint8 (H,W,3) or (3,H,W)')
-    try:
-        with Image.open(image) as im: return np.array(im.convert('RGB'))
-    except (OSError, SyntaxError, ValueError) as e:
-        raise InputError(f'{image}: cannot be read as an image ({e}); expected a whole PNG or JPEG file') from e
+    return read_image(image)
 
 def output_paths(
     out_dir,  # Folder of the predictions

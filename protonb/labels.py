@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['IGNORE', 'CITYSCAPES', 'CITYSCAPES16', 'CITYSCAPES13', 'CAMVID', 'SPACES', 'CITYSCAPES_IDS', 'GTA5_IDS', 'TRAIN_IDS',
            'CARLASCAPES_IDS', 'CAMVID_IDS', 'SYNTHIA_IDS', 'SYNTHIA_IDS_LANE_ROAD', 'CARLA_TO_CAMVID',
-           'CARLA_TO_CITYSCAPES', 'ClassSpace', 'LabelTable', 'label_table', 'map_ids', 'colorize']
+           'CARLA_TO_CITYSCAPES', 'VISTAS_NAMES', 'VISTAS_IDS', 'CAMVID_COLOURS', 'FAR', 'ClassSpace', 'vistas_ids',
+           'LabelTable', 'label_table', 'map_ids', 'colorize', 'ColourTable', 'colour_table', 'map_colours']
 
 # %% ../nbs/01_data/01_labels.ipynb #680c6e7c
 from dataclasses import dataclass
+from functools import lru_cache
 import numpy as np
 from .core import InputError
 
@@ -46,12 +48,13 @@ _CITY = dict(zip(('road','sidewalk','building','wall','fence','pole','traffic li
      (152,251,152),(70,130,180),(220,20,60),(255,0,0),(0,0,142),(0,0,70),(0,60,100),(0,80,100),(0,0,230),(119,11,32))))
 _NOT16 = ('terrain', 'truck', 'train')          # SYNTHIA has none of these
 _NOT13 = _NOT16 + ('wall', 'fence', 'pole')     # and these are often left out beside it
-def _without(drop): return tuple(i for i, c in enumerate(_CITY) if c not in drop)
-def _city(name, drop): return ClassSpace(name, *zip(*((c, rgb) for c, rgb in _CITY.items() if c not in drop)))
+def _mean(classes, drop): return str(len(_CITY)-len(drop)), tuple(i for i, c in enumerate(classes) if c not in drop)
+def _city(name, drop, *drops):
+    kept = [c for c in _CITY if c not in drop]
+    return ClassSpace(name, tuple(kept), tuple(_CITY[c] for c in kept), tuple(_mean(kept, d) for d in (drop, *drops)))
 
-CITYSCAPES = ClassSpace('cityscapes', tuple(_CITY), tuple(_CITY.values()),
-    (('19', _without(())), ('16', _without(_NOT16)), ('13', _without(_NOT13))))
-CITYSCAPES16 = _city('cityscapes16', _NOT16)
+CITYSCAPES = _city('cityscapes', (), _NOT16, _NOT13)
+CITYSCAPES16 = _city('cityscapes16', _NOT16, _NOT13)
 CITYSCAPES13 = _city('cityscapes13', _NOT13)
 CAMVID = ClassSpace('camvid',
     ('sky','building','pole','road','pavement','tree','sign','fence','car','pedestrian','bicyclist'),
@@ -77,6 +80,37 @@ CARLA_TO_CAMVID = _known({0:'sky', 1:'building', 2:'fence', 4:'pedestrian', 5:'p
     12:'sign'}, range(13))
 CARLA_TO_CITYSCAPES = _known({0:'sky', 1:'building', 2:'fence', 4:'person', 5:'pole', 6:'road', 7:'road', 8:'sidewalk', 9:'vegetation',
     10:'car', 11:'wall', 12:'traffic sign'}, range(13))
+
+# %% ../nbs/01_data/01_labels.ipynb #808e6581
+VISTAS_NAMES = {'construction--flat--road': 'road', 'marking--general': 'road', 'object--manhole': 'road',
+    'construction--flat--sidewalk': 'sidewalk', 'construction--barrier--curb': 'sidewalk', 'construction--structure--building': 'building',
+    'construction--barrier--wall': 'wall', 'construction--barrier--fence': 'fence', 'object--support--pole': 'pole',
+    'object--support--utility-pole': 'pole', 'object--traffic-light': 'traffic light', 'object--traffic-sign--front': 'traffic sign',
+    'nature--vegetation': 'vegetation', 'nature--terrain': 'terrain', 'nature--sky': 'sky', 'human--person': 'person',
+    'human--rider': 'rider', 'object--vehicle--car': 'car', 'object--vehicle--truck': 'truck', 'object--vehicle--bus': 'bus',
+    'object--vehicle--on-rails': 'train', 'object--vehicle--motorcycle': 'motorcycle', 'object--bicycle': 'bicycle',
+    'object--vehicle--bicycle': 'bicycle', 'marking--discrete': 'road', 'marking--continuous': 'road'}
+VISTAS_IDS = _known(dict(zip((13, 24, 41, 15, 2, 17, 6, 3, 45, 47, 48, 50, 30, 29, 27, 19, 20, 21, 22, 55, 61, 54, 58, 57, 52),
+    (*['road']*3, 'sidewalk', 'sidewalk', 'building', 'wall', 'fence', 'pole', 'pole', 'traffic light', 'traffic sign', 'vegetation',
+     'terrain', 'sky', 'person', *['rider']*3, 'car', 'truck', 'bus', 'train', 'motorcycle', 'bicycle'))), range(66))
+
+def vistas_ids(
+    names:list,  # Class names of config.json, in order
+)->dict:         # Raw id -> class of Cityscapes, or None
+    "Ids of Mapillary Vistas by the names in its config; a finer class (`human--rider--bicyclist`) counts as its group."
+    def group(name):
+        while name and name not in VISTAS_NAMES: name = name.rpartition('--')[0]
+        return VISTAS_NAMES.get(name)
+    return {i: group(n) for i, n in enumerate(names)}
+
+# %% ../nbs/01_data/01_labels.ipynb #d0bf97dd
+_CAMVID_GROUPS = dict(sky=[(128,128,128)], building=[(0,128,64), (128,0,0), (64,192,0), (64,0,64), (192,0,128)],
+    pole=[(192,192,128), (0,0,64)],
+    road=[(128,64,128), (128,0,192), (192,0,64)], pavement=[(0,0,192), (64,192,128), (128,128,192)], tree=[(128,128,0), (192,192,0)],
+    sign=[(192,128,128), (128,128,64), (0,64,64)], fence=[(64,64,128)],
+    car=[(64,0,128), (64,128,192), (192,128,192), (192,64,128), (128,64,64)],
+    pedestrian=[(64,64,0), (192,128,64), (64,0,192), (64,128,64)], bicyclist=[(0,128,192), (192,0,192)])
+CAMVID_COLOURS = {rgb: c for c, group in _CAMVID_GROUPS.items() for rgb in group} | {(0,0,0): None}   # colour -> class, or None
 
 # %% ../nbs/01_data/01_labels.ipynb #a4880564
 @dataclass(frozen=True)
@@ -135,3 +169,60 @@ def colorize(
     table = np.zeros((K+1, 3), np.uint8)
     table[:K] = space.palette
     return np.take(table, np.where((ids >= 0) & (ids < K), ids, K), axis=0)
+
+# %% ../nbs/01_data/01_labels.ipynb #c6b1c3b0
+FAR = 60.     # Distance in RGB up to which `nearest = true` takes a colour for another one
+_SHARE = .1   # Share of the pixels that may be further away than that
+
+@dataclass(frozen=True)
+class ColourTable:
+    "What the colours of a mask mean."
+    colours:tuple    # N colours (r,g,b)
+    ids:tuple        # N train ids, 255 = ignore
+    nearest:float=0. # Distance up to which another colour counts as the closest of these; 0: exact
+
+def colour_table(
+    colours:dict,      # (r,g,b) -> class name, or None for a colour that is known and ignored
+    space:ClassSpace,  # Classes to map to; a name that it lacks is ignored
+    nearest=0.,        # Distance up to which another colour counts as the closest of these; 0: exact
+)->ColourTable:
+    "Translation table from the colours of masks to the train ids of `space`."
+    ids = [space.index(c) if c in space.classes else IGNORE for c in colours.values()]
+    if set(ids) <= {IGNORE}: raise InputError(f'none of the colours stands for a class of {space.name}')
+    return ColourTable(tuple(colours), tuple(ids), float(nearest))
+
+# %% ../nbs/01_data/01_labels.ipynb #f6307724
+def _codes(rgb): return np.asarray(rgb).astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
+
+@lru_cache(maxsize=4)
+def _all_colours(table):
+    out = np.full(1 << 24, _UNKNOWN, np.uint8)
+    out[_codes(table.colours)] = table.ids
+    return out
+
+def map_colours(
+    rgb:np.ndarray,     # (H,W,3) uint8 mask
+    table:ColourTable,  # From `colour_table`
+    where='mask',       # Name of the file, for the error message
+)->np.ndarray:          # (H,W) uint8 train ids, 255 = ignore
+    "Train ids of a colour mask; a colour that the table does not know is an `InputError`."
+    codes = _codes(rgb)
+    out = _all_colours(table)[codes]
+    odd = out == _UNKNOWN
+    if not odd.any(): return out
+    seen, inverse, count = np.unique(codes[odd], return_inverse=True, return_counts=True)
+    new = np.stack([seen >> 16, seen >> 8 & 255, seen & 255], 1)
+    apart = np.linalg.norm(new[:, None].astype(np.float32) - np.array(table.colours, np.float32), axis=2)
+    far = apart.min(1) > table.nearest
+    if count[far].sum() > _SHARE*codes.size*(table.nearest > 0): raise InputError(_strange(new[far], count[far], table, where))
+    out[odd] = np.where(far, IGNORE, np.array(table.ids, np.uint8)[apart.argmin(1)])[inverse]
+    return out
+
+# %% ../nbs/01_data/01_labels.ipynb #cf642a27
+def _strange(new, count, table, where):
+    "Sentence about the commonest of the unknown colours."
+    i = count.argmax()
+    more = f' and {len(new)-1} more colours' if len(new) > 1 else ''
+    how = f'none of the {len(table.colours)} known colours' + (f', nor within {table.nearest:g} of one' if table.nearest else '')
+    return (f'{where}: colour {new[i].tolist()} ({count[i]} px){more}: {how}; give it a class, list it in ignore_colours, set '
+            'nearest = true if a lossy tool has touched the masks, or name the channel if one holds ids')

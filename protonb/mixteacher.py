@@ -128,6 +128,7 @@ def streams_of(
         source = alternately(source, few, cfg.share, seed)
     return dict(source=source, target=labelled(job.target, window, seed, 'target'))
 
+# %% ../nbs/05_methods/09_mixteacher.ipynb #437daf81
 def adapt(
     job:Job,   # source, target with what is known of it, network (the student; changed in place), settings
 )->dict:       # step reached, and whether the run is finished
@@ -142,14 +143,14 @@ def adapt(
     job.net = teacher
     return learn(job, one, paired(**streams_of(job)), dict(net=teacher, student=student, opt=opt, sched=sched), acc=acc, collate=stacked)
 
-# %% ../nbs/05_methods/09_mixteacher.ipynb #f4a64fc4
+# %% ../nbs/05_methods/09_mixteacher.ipynb #a9b474e3
 def _fitted(s:Situation):
     "A teacher that forgets within a tenth of the run, a confidence that a short run reaches."
     high,wide = crop(s, .83, 8, 1)
     window = Window(low=.8, high=1.3, crop_height=high, crop_width=wide, flip_p=.5, pad=True)
     return MixTeacher(alpha=memory(s, .1), tau=.8, **rule_of(s), warm=part(s, .05), length=s.length, window=window)
 
-# %% ../nbs/05_methods/09_mixteacher.ipynb #4577a61f
+# %% ../nbs/05_methods/09_mixteacher.ipynb #bc1eb6d1
 METHOD = Method(
     'mixteacher', 'Adapt with whatever labels the target has, none included: a slow teacher, and classes pasted onto target images.',
     MixTeacher, (('mixteacher', adapt),), net='iapc_resnet101', target='any', steps=40_000, fitted=_fitted,

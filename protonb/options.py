@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 from tyro.conf import OmitArgPrefixes, arg
 from .core import InputError
-from .datasets import open_dataset, take
+from .datasets import open_dataset, require_labels, take
 from .dip import LISTS, mark_raw, named_support, released
 from .few_shot import draw_shots, few_shot, pixda_list
-from .labels import SPACES
+from .files import read_list
+from .labels import IGNORE, SPACES
 from .methods import Method
 from .prototypes import Support, greedy_support, require_all_classes
 from .pseudo_labels import PartlyLabelled, Unlabelled
@@ -64,7 +65,7 @@ def names_in(
     path,    # Text file, one name a line
 )->list:
     "The names of a list file."
-    return [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    return read_list(path, 'a list of image names, one a line')
 
 def choose_support(
     target,               # Target training set
@@ -74,12 +75,15 @@ def choose_support(
     allow_missing=False,  # Accept classes without any image
 )->Support:
     "The support set of a run: from a list, or by the greedy scan."
+    if k < 1: raise InputError(f'--shots is {k}, expected at least 1 image per class')
     if not listed: chosen = greedy_support(target, k, seed=seed)
     else:
         if listed not in LISTS and not Path(listed).is_file():
             raise InputError(f'--support: {listed!r} is neither a file nor one of {", ".join(LISTS)}')
         ids = named_support(target, LISTS.get(listed) or names_in(listed))
         chosen = replace(greedy_support(take(target, ids), k), indices=ids)
+    if not len(chosen.indices) or not any(chosen.counts):
+        raise InputError(f'{listed or "target"}: no labelled image to learn from; expected some with pixels of {chosen.classes[0]}, ...')
     return chosen if allow_missing else require_all_classes(chosen, 'support set')
 
 # %% ../nbs/07_shell/01a_options.ipynb #ba13b6ed
@@ -94,9 +98,12 @@ def _weak(o, space):
 
 def _few(o, space):
     data,few = open_dataset(o.target, 'train', space),o.data.few
+    if o.data.shots < 1: raise InputError(f'--shots is {o.data.shots}, expected at least 1 image per city')
     if few == 'drawn': return take(data, draw_shots(data.names, o.data.shots, o.train.seed))
     if few != 'published' and not Path(few).is_file(): raise InputError(f"--few {few!r} is neither a file nor 'published' or 'drawn'")
-    return few_shot(data, pixda_list(o.data.shots) if few == 'published' else names_in(few))
+    names = pixda_list(o.data.shots) if few == 'published' else names_in(few)
+    if not names: raise InputError(f'--few {few}: names no image, expected at least one')
+    return few_shot(data, names)
 
 def _support(o, space):
     data = open_dataset(o.target, 'train', space)
@@ -106,22 +113,23 @@ def _support(o, space):
 
 # %% ../nbs/07_shell/01a_options.ipynb #27b6e725
 def _any(o, space):
-    kind = o.hyper.labels
-    if kind == 'none': return Unlabelled(open_dataset(o.target, 'train', space, labelled=False))
-    if kind not in ('few', 'full'): return _weak(o, space)
+    kind,role = o.hyper.labels,f'--target {o.target}'
+    if kind == 'none': return probe(Unlabelled(open_dataset(o.target, 'train', space, labelled=False)))
+    if kind not in ('few', 'full'): return probe(_weak(o, space), role=role)
     data = open_dataset(o.target, 'train', space)
-    if kind == 'full': return data
+    if kind == 'full': return probe(data, role=role)
     at = {str(name): i for i,name in enumerate(data.names)}
-    return PartlyLabelled(data, [at[str(name)] for name in _few(o, space).names])
+    return PartlyLabelled(data, [at[str(name)] for name in probe(_few(o, space), role=role).names])
 
 # %% ../nbs/07_shell/01a_options.ipynb #d88e5b15
 def probe(
     dataset,  # Items are read from disk when asked for
     n=8,      # How many to read
+    role='',  # Option that named it, where labels are needed: the data set is refused when no pixel has one
 ):            # The same data set
     "Read a few items before anything is written: most faults of a data set show in each of its files."
-    for i in {round(j*(len(dataset)-1)/(n-1)) for j in range(n)}: dataset[i]
-    return dataset
+    seen = [dataset[i][1] for i in {round(j*(len(dataset)-1)/(n-1)) for j in range(n)}]
+    return dataset if not role or any((label != IGNORE).any() for label in seen) else require_labels(dataset, role)
 
 def space_named(
     name:str,  # Name of a class space, or ''
@@ -138,7 +146,8 @@ def open_target(
     "The target of a run; what a method may not see is not opened."
     if m.target == 'none': return None
     if m.target == 'unlabelled': return probe(open_dataset(o.target, 'train', space, labelled=False))
-    return probe(dict(weak=_weak, few=_few, support=_support, any=_any)[m.target](o, space))
+    if m.target == 'any': return _any(o, space)
+    return probe(dict(weak=_weak, few=_few, support=_support)[m.target](o, space), role=f'--target {o.target}')
 
 # %% ../nbs/07_shell/01a_options.ipynb #882c0b4c
 def situation_of(

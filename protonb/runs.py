@@ -14,6 +14,7 @@ from pathlib import Path
 from . import deeplab, deeplabv2, dip, iapc, joint, mixteacher, pbal, pixda, proda, source_only, wdass
 from .core import InputError, atomic_path
 from .dip_net import dip_mobilenetv2, dip_resnet101, dip_small, dip_vgg16
+from .datasets import require_labels
 from .efficientnet import LITE_NETWORKS, imagenet_file
 from .evaluation import Scores, evaluate
 from .feeding import Feed, TestTime, at_test_time, feed_of_old, segmenter
@@ -208,6 +209,7 @@ def score(
     look=TestTime(), # Windows, sizes, mirror images
 )->Scores:
     "Evaluate a run, print its table, keep the confusion matrix."
+    require_labels(data, title)
     absent = run.config['hyper'].get('absent', 'skip_both')
     scores = evaluate(ready(run, look), data, run.space, device_of(run), absent=absent)
     save_scores(run.dir, title + look_name(look), scores)

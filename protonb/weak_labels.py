@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from .core import InputError, atomic_path, rng_for
-from .datasets import PairFolder, cityscapes, read_image, read_label
+from .datasets import PairFolder, cityscapes, published, read_image, read_label
 from .labels import CITYSCAPES, CITYSCAPES_IDS, IGNORE, label_table, map_ids
 from .transforms import resize_image, resize_label
 
@@ -321,6 +321,11 @@ class PointFolder:
         return (image if h == H else resize_image(image, (h, w), Image.Resampling.BILINEAR)), label
 
 # %% ../nbs/01_data/07_weak_labels.ipynb #bc18a2aa
+def _outlined(root, split):
+    "Whether the coarse labels lie there as outlines alone, before the scripts of Cityscapes have painted them."
+    coarse = Path(root)/'gtCoarse'/split
+    return bool(next(coarse.rglob('*_polygons.json'), None)) and not next(coarse.rglob('*_labelIds.png'), None)
+
 def _weak_paths(images, root, split, folder, advice):
     "Path of the weak label file of every image, with one look for each whether it is there."
     images_in, labels_in = Path(root)/'leftImg8bit'/split, Path(root)/folder/split
@@ -348,6 +353,7 @@ def cityscapes_weak(
     if points is not None and kind != 'point':
         raise InputError(f'points {points}: labels are of kind {kind!r}, expected kind point')
     images, table = cityscapes(root, split, space, labelled=False), label_table(CITYSCAPES_IDS, space)
+    if kind != 'point' and _outlined(root, split): return published('cityscapes_coarse', root, split, space)
     if kind != 'point':
         paths = _weak_paths(images, root, split, 'gtCoarse', f"the {split} part of Cityscapes' coarse labels (gtCoarse.zip)")
         return PairFolder(images.image_paths, paths, images.names, table, space)

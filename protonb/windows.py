@@ -16,8 +16,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from .core import InputError
-from .datasets import Cached, Mapped, PairFolder, Part, Resized, read_image
+from .datasets import Cached, Mapped, PairFolder, Part, Resized
 from .distance import bilinear_weights
+from .files import image_size
 from .labels import IGNORE
 from .pseudo_labels import HardLabels, SoftLabels, Unlabelled
 from .transforms import Augment, augment, resize_image, resize_label
@@ -282,7 +283,7 @@ def image_sizes(
     places = range(n) if _file(dataset, 0, n) else sorted({0, n//2, *range(max(0, n-3), n)} & set(range(n)))
     for i in places:
         file = _file(dataset, i, n)
-        yield (file, _header(file)) if file else (dataset.names[i], tuple(dataset[i][0].shape[1:]))
+        yield (file, image_size(file)) if file else (dataset.names[i], tuple(dataset[i][0].shape[1:]))
 
 # %% ../nbs/04_learning/12_windows.ipynb #94d2a290
 def check_fits(
@@ -310,9 +311,3 @@ def _file(dataset, i, n):
     if isinstance(dataset, Part): return _file(dataset.dataset, dataset.indices[i], n)
     if isinstance(dataset, (Cached, Mapped, Unlabelled, HardLabels, SoftLabels, WeakLabels)): return _file(dataset.dataset, i, n)
     return dataset.image_paths[i] if isinstance(dataset, PairFolder) else None
-
-def _header(file):
-    "Size of a picture from its first bytes."
-    try:
-        with Image.open(file) as im: return im.size[::-1]
-    except Exception: return read_image(file).shape[:2]      # whose complaint is one sentence

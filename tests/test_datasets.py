@@ -74,13 +74,15 @@ def test_label_of_few_bits(tmp_path, depth, kind):
     got = read_label(png(tmp_path/'few.png', ids, depth, kind, palette=kind == 3))
     assert got.dtype == np.uint8 and (got == ids).all()
 
-@pytest.mark.parametrize('channel', [None, 0])
-def test_16_bit_labels_are_refused(tmp_path, channel):
+def test_16_bit_labels_are_read_or_refused_by_their_values(tmp_path):
     rgb = np.zeros((4, 4, 3), np.uint16)
     rgb[..., 0] = 7
-    with pytest.raises(InputError, match=r's\.png: is a 16-bit file'): read_label(_rgb16(tmp_path/'s.png', rgb), channel)
+    path = _rgb16(tmp_path/'s.png', rgb)
+    assert (read_label(path, 0) == 7).all() and (read_label(path, 1) == 0).all()      # Pillow alone would say 0
+    with pytest.raises(InputError, match=r's\.png: has 3 colour channels'): read_label(path)
+    with pytest.raises(InputError, match=r's\.png: has 3 colour channels'): read_label(path, colours=True)   # colours have 8 bits
     grey = png(tmp_path/'g.png', np.full((4, 4), 24001, np.uint16), 16, 0)
-    with pytest.raises(InputError, match=r'g\.png: is a 16-bit file'): read_label(grey)
+    with pytest.raises(InputError, match=r'g\.png: holds the value 24001, expected class ids below 256 \(it is a 16-bit file\)'): read_label(grey)
     with pytest.raises(InputError, match=r'g\.png: holds'): read_image(grey)
 
 def _rgb16(path, a):
