@@ -27,8 +27,8 @@ from .options import choose_support, open_target, options_of, probe, short_optio
 from .pages import Demo, demo, make_report
 from .prototypes import class_prototypes, save_prototypes
 from .recipes import choice_table, never_heard
-from .runs import (ADAPTABLE, METHODS, Stopped, build_net, device_of, go_on, look_name, open_run, read_config, read_scores, ready,
-                          score, space_to_dict, stages_of)
+from .runs import (ADAPTABLE, METHODS, FileOptions, Stopped, build_net, device_of, go_on, look_name, open_any, open_run,
+                          read_config, read_scores, ready, score, space_to_dict, stages_of)
 from .training import Train, accelerator_for, versions
 
 # %% ../nbs/07_shell/02_cli.ipynb #4aa7dc74
@@ -47,7 +47,7 @@ def _follow(o, source):
 
 def _about(o, m, target):
     "What config.json is to say of the data."
-    told = {k: str(getattr(o, k)) for k in ('source', 'start', 'target', 'weights') if getattr(o, k, None) is not None}
+    told = {k: str(getattr(o, k)) for k in ('source', 'start', 'target', 'weights', 'entry') if getattr(o, k, None) not in (None, '')}
     if m.target in ('few', 'support'):
         print(f'{len(target)} labelled target images')
         told['images'] = list(target.names)
@@ -60,11 +60,11 @@ def _start(o, m):
     if m.source == 'labelled':
         source = probe(open_dataset(o.source, 'train', _space(o, m)))
         K = None if m.networks == 'features' else source.space.num_classes
-        return source, source.space, o.net, lambda weights: build_net(o.net, K, weights, o.train.seed)
+        return source, source.space, o.net, lambda weights, entry='', tell=None: build_net(o.net, K, weights, o.train.seed, entry, tell)
     first = open_run(o.start)
     if (name := first.config['net']) not in ADAPTABLE:
         raise InputError(f'{o.start}: its network is {name}; {m.name.upper()} needs one of {", ".join(ADAPTABLE)}')
-    return None, first.space, name, lambda weights: first.net
+    return None, first.space, name, lambda weights, entry='', tell=None: first.net
 
 # %% ../nbs/07_shell/02_cli.ipynb #9d8bc254
 def open_job(
@@ -75,10 +75,13 @@ def open_job(
     source,space,name,make = _start(o, m)
     _follow(o, source)
     target,val = open_target(m, o, space),probe(open_dataset(o.val, 'val', space)) if o.val else None
-    about = dict(net=name, space=space_to_dict(space), **_about(o, m, target))
     weights,begin = getattr(o, 'weights', None),getattr(o, 'begin', 'published').replace('published', '')
-    fresh = lambda: make(getattr(o, 'fresh', None) or weights)
-    job = methods.Job(m, o.hyper, o.train, o.out, make(weights), source, target, fresh, about, dict(getattr(o, 'stage_steps', ())), begin)
+    entry = getattr(o, 'entry', '')
+    net = make(weights, entry, print)
+    options = dict(options=dict(bn_clr=True)) if hasattr(net, 'bn_pretrain') else {}     # ProDA's students, where the start has it
+    about = dict(net=name, space=space_to_dict(space), **options, **_about(o, m, target))
+    fresh = lambda: make(o.fresh) if getattr(o, 'fresh', None) else make(weights, entry)
+    job = methods.Job(m, o.hyper, o.train, o.out, net, source, target, fresh, about, dict(getattr(o, 'stage_steps', ())), begin)
     return job, val
 
 # %% ../nbs/07_shell/02_cli.ipynb #3a210871
@@ -201,15 +204,32 @@ def make_prototypes(o:MakePrototypes):
 @dataclass
 class Eval:
     "Score a run on labelled images, at the labels' full resolution."
-    run:Positional[Path]   # Run folder
+    run:Positional[Path]   # Run folder, or a bare weight file with --net
     data:str               # Labelled images, kind:path
     split:str = 'val'      # Split of the data set
     look:OmitArgPrefixes[TestTime] = TestTime()     # Windows, sizes, mirror images
+    file:OmitArgPrefixes[FileOptions] = field(default_factory=FileOptions)     # What a bare weight file does not say
     device:Literal['auto', 'cpu', 'cuda'] = 'auto'  # Where to compute
 
+# %% ../nbs/07_shell/02_cli.ipynb #cl000001
+def file_space(
+    file:FileOptions,  # Its `classes`, if they were named
+    data='',           # Data set whose classes are as good a guess
+):                     # ClassSpace, or None
+    "The classes of a bare weight file."
+    named = file.classes or data
+    return open_dataset(named, 'train', labelled=False).space if ':' in named else space_named(named)
+
+def open_with(o, path, data=''):
+    "The run or weight file of a command."
+    if not path.exists(): raise InputError(f'{path}: no such run folder or weight file')
+    if path.is_file() and not o.file.net: raise InputError(f'{path}: a bare weight file; say its network by --net')
+    return open_any(path, o.file, None if path.is_dir() else file_space(o.file, data), accelerator_for(Train(device=o.device)).device)
+
+# %% ../nbs/07_shell/02_cli.ipynb #cl000002
 def eval_run(o:Eval):
     "protonb eval"
-    run = open_run(o.run, accelerator_for(Train(device=o.device)).device)
+    run = open_with(o, o.run, o.data)
     score(run, open_dataset(o.data, o.split, run.space), f'{o.data} {o.split}', o.look)
     return 0
 
@@ -244,25 +264,27 @@ def predict(o:Predict):
 @dataclass
 class Report:
     "One self-contained page about one or more runs: scores, pictures, curves, prototypes, settings."
-    runs:Positional[tuple[Path, ...]]  # Run folders, the baseline first
+    runs:Positional[tuple[Path, ...]]  # Run folders or, with --net, bare weight files; the baseline first
     data:str                     # Labelled images for scores and pictures, kind:path
     split:str = 'val'            # Split of the data set
     out:Path|None = None         # HTML file; report.html in the last run folder when left out
     images:int = 4               # Rows of pictures
     look:OmitArgPrefixes[TestTime] = TestTime()     # Windows, sizes, mirror images
+    file:OmitArgPrefixes[FileOptions] = field(default_factory=FileOptions)     # What a bare weight file does not say
     device:Literal['auto', 'cpu', 'cuda'] = 'auto'  # Where to compute
 
 # %% ../nbs/07_shell/02_cli.ipynb #ec507e2c
 def report(o:Report):
     "protonb report"
     if not o.runs: raise InputError('report: give at least one run folder')
-    device = accelerator_for(Train(device=o.device)).device
-    runs = {r.dir.name: r for r in (open_run(p, device) for p in o.runs) if ready(r)}
+    runs = {r.dir.name: r for r in (open_with(o, p, o.data) for p in o.runs) if ready(r)}
     data = open_dataset(o.data, o.split, next(iter(runs.values())).space)
     name = f'{o.data} {o.split}'
-    scores = {t: read_scores(r.dir).get(name + look_name(o.look)) or score(r, data, name, o.look) for t,r in runs.items()}
+    known = {t: read_scores(r.dir, r).get(name + look_name(o.look)) for t,r in runs.items() if r.dir.is_dir()}
+    scores = {t: known.get(t) or score(r, data, name, o.look) for t,r in runs.items()}
     print(compare_table(scores))
-    make_report(o.out or o.runs[-1]/'report.html', runs, scores, data,
+    last = o.runs[-1]
+    make_report(o.out or (last/'report.html' if last.is_dir() else last.with_suffix('.html')), runs, scores, data,
                 title=', '.join(runs), summary=f'{name}, {len(data)} images', images=o.images, look=o.look,
                 commands=[f'protonb report {" ".join(map(str, o.runs))} --data {o.data}'])
     return 0

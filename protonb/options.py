@@ -23,7 +23,7 @@ from .prototypes import Support, greedy_support, require_all_classes
 
 # %% ../nbs/07_shell/01a_options.ipynb #5a3e3935
 from .recipes import Situation
-from .runs import ADAPTABLE, DIP_NETWORKS, METHODS, NETWORKS, read_config
+from .runs import ADAPTABLE, DIP_NETWORKS, METHODS, NETWORKS, read_config, start_kind
 from .training import Train
 from .weak_labels import WeakLabels, cityscapes_weak
 
@@ -130,7 +130,7 @@ def situation_of(
     config = read_config(o.start)[1]['config'] if model else None
     data = open_dataset(o.source if m.target == 'none' else o.target, 'train', labelled=False)
     classes = len(config['space']['classes']) if model else (space_named(o.classes) or open_dataset(o.source, 'train').space).num_classes
-    start = 'trained' if model or o.weights and o.weights.is_dir() else 'imagenet' if o.weights else 'nothing'
+    start = 'trained' if model else start_kind(o.net, classes, o.weights, getattr(o, 'entry', ''))
     net,(H,W) = config['net'] if model else o.net,data[0][0].shape[1:]
     return Situation(o.train.steps, o.train.batch_size, H, W, classes, len(data), start, net.endswith('_small'))
 
@@ -155,7 +155,8 @@ def _given(m):
     yield _option('out', Path, 'Run folder; the same command goes on where it was stopped')
     if m.source != 'labelled': return
     yield _option('net', Literal[tuple(nets)], 'Network', m.net)
-    yield _option('weights', Path|None, 'Start: an ImageNet backbone or a whole network (.safetensors, .pth), or the folder of a run', None)
+    yield _option('weights', Path|None, 'Start: backbone or whole network in any layout (.safetensors, .pth, .pkl), or a run folder', None)
+    yield _option('entry', str, 'Where in the file of --weights the network is, e.g. state_dict_ema; where it fits when left out', '')
 
 # %% ../nbs/07_shell/01a_options.ipynb #a2572dc7
 def _several(m):
