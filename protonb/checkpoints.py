@@ -149,7 +149,7 @@ def fit_of(
         at = f" (entry '{near.entry}')" if near.entry else ''
         raise InputError(f'{where}: checkpoint of another network{at}: {first_of(near.wrong)}')
     best,*rest = good
-    others = tuple(f.entry for f in rest if f.rank == best.rank)
+    others = tuple(f.entry for f in rest if f.rank == best.rank and any(f.state.get(k) is not v for k,v in best.state.items()))
     if others and likelihood(others[0]) == likelihood(best.entry):
         raise InputError(f"{where}: '{best.entry}' and '{others[0]}' both hold this network; say which by --entry")
     return Fit(best.entry, best.state, (), best.whole, best.classes, best.left, others)

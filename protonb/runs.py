@@ -6,11 +6,11 @@
 __all__ = ['DIP_NETWORKS', 'ADAPTABLE', 'NETWORKS', 'METHODS', 'USUAL_SPACES', 'build_net', 'space_to_dict', 'space_from_dict',
            'Run', 'read_config', 'open_run', 'use_prototypes', 'start_from', 'start_kind', 'stages_of', 'FileOptions',
            'classes_of', 'released_feed', 'open_file', 'open_any', 'save_scores', 'read_scores', 'Stopped', 'go_on',
-           'device_of', 'ready', 'look_name', 'score']
+           'device_of', 'ready', 'look_name', 'mark_of', 'score']
 
 # %% ../nbs/07_shell/01_runs.ipynb #2bdba535
-import inspect, json
-from dataclasses import dataclass, replace
+import hashlib, inspect, json
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 import torch
@@ -318,6 +318,15 @@ def look_name(
     if not look.plain and look.average != 'probabilities': parts.append(look.average)
     return f' ({", ".join(parts)})' if parts else ''
 
+def mark_of(
+    run:Run,         # Opened run
+    look:TestTime,   # Options of a prediction
+)->str:              # 16 hexadecimal digits
+    "What a prediction depends on beside the image: weights, feed, classes, windows, sizes, mirror images."
+    told = [run.id, run.feed.to_dict(), space_to_dict(run.space), asdict(look)]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+# %% ../nbs/07_shell/01_runs.ipynb #ru000020
 def score(
     run:Run,         # Opened run
     data,            # Labelled images
