@@ -62,7 +62,7 @@ def _start(o, m):
         source = probe(open_dataset(o.source, 'train', _space(o, m)))
         K = None if m.networks == 'features' else source.space.num_classes
         return source, source.space, o.net, lambda weights, entry='', tell=None: build_net(o.net, K, weights, o.train.seed, entry, tell)
-    first = open_run(o.start)
+    first = open_any(o.start, FileOptions(o.net, entry=o.entry), space_said(o.classes))
     if (name := first.config['net']) not in ADAPTABLE:
         raise InputError(f'{o.start}: its network is {name}; {m.name.upper()} needs one of {", ".join(ADAPTABLE)}')
     return None, first.space, name, lambda weights, entry='', tell=None: first.net
@@ -213,19 +213,18 @@ class Eval:
     device:Literal['auto', 'cpu', 'cuda'] = 'auto'  # Where to compute
 
 # %% ../nbs/07_shell/02_cli.ipynb #cl000001
-def file_space(
-    file:FileOptions,  # Its `classes`, if they were named
-    data='',           # Data set whose classes are as good a guess
-):                     # ClassSpace, or None
-    "The classes of a bare weight file."
-    named = file.classes or data
-    return open_dataset(named, 'train', labelled=False).space if ':' in named else space_named(named)
+def space_said(
+    words:str,  # Name of a class space, or kind:path
+):              # ClassSpace, or None for ''
+    "The classes that were named, or those of a data set."
+    return open_dataset(words, 'train', labelled=False).space if ':' in words else space_named(words)
 
 def open_with(o, path, data=''):
     "The run or weight file of a command."
     if not path.exists(): raise InputError(f'{path}: no such run folder or weight file')
     if path.is_file() and not o.file.net: raise InputError(f'{path}: a bare weight file; say its network by --net')
-    return open_any(path, o.file, None if path.is_dir() else file_space(o.file, data), accelerator_for(Train(device=o.device)).device)
+    named,guess = (None, None) if path.is_dir() else (space_said(o.file.classes), space_said(data))
+    return open_any(path, o.file, named, accelerator_for(Train(device=o.device)).device, guess)
 
 # %% ../nbs/07_shell/02_cli.ipynb #cl000002
 def eval_run(o:Eval):
@@ -347,7 +346,10 @@ def info(o:Info):
     print(f'effective batch {meta["effective_batch"]}, seed {meta["train"]["seed"]}')
     print(', '.join(f'{k} {v}' for k,v in meta['versions'].items()))
     if run.prototypes: print(f'prototypes: {int(run.prototypes.valid.sum())} classes, {run.prototypes.meta["k"]} images per class at most')
-    for name,s in read_scores(o.run).items(): print(f'{name}: mIoU ' + ', '.join(f'{100*v:.1f} over {t}' for t,v in s.subset_mious.items()))
+    own = read_scores(o.run, run)
+    for name,s in read_scores(o.run).items():
+        means = ', '.join(f'{100*v:.1f} over {t}' for t,v in s.subset_mious.items())
+        print(f'{name}: mIoU {means}' + ('' if name in own else ' (of other weights)'))
     return 0
 
 # %% ../nbs/07_shell/02_cli.ipynb #145295a0
@@ -365,7 +367,8 @@ examples:
   protonb train pbal --source gta5:/data/GTA5 --target cityscapes:/data/cityscapes --out runs/pbal --weights resnet101.pth
   protonb train wdass --help
   protonb eval runs/pbal --data cityscapes:/data/cityscapes --flip
-  protonb predict runs/pbal photos/ --out predictions
+  protonb predict runs/pbal photos/ --out predictions --format labelIds confidence
+  protonb eval released.pkl --net proda_resnet101 --data cityscapes:/data/cityscapes
   protonb report runs/source runs/pbal --data cityscapes:/data/cityscapes
 
 data sets:

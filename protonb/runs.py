@@ -205,10 +205,11 @@ def classes_of(
     path,        # Weight file
     K:int,       # Rows of its last layer, or of its prototypes
     space=None,  # Class space that was named
+    guess=None,  # Another one, of the data: taken where the number is right
 )->ClassSpace:
     "The classes of a bare file."
-    if space is None and K not in USUAL_SPACES: raise InputError(f'{path}: a network of {K} classes; say which by --classes')
-    space = space or USUAL_SPACES[K]
+    space = space or (guess if guess and guess.num_classes == K else USUAL_SPACES.get(K))
+    if space is None: raise InputError(f'{path}: a network of {K} classes; say which by --classes')
     if space.num_classes != K: raise InputError(f'{path}: a network of {K} classes, but {space.name} has {space.num_classes}')
     return space
 
@@ -226,8 +227,9 @@ def released_feed(
 def open_file(
     path,                     # Weight file of this library or another
     options:FileOptions,      # Its `net` is needed
-    space=None,               # Class space; the usual one of that many classes when left out
+    space=None,               # Class space
     device='cpu',             # Where the network is to live
+    guess=None,               # Class space to take when `space` is left out and the number is right; then the usual one
     tell=print,               # Takes a sentence about what was loaded
 )->Run:
     "A bare weight file as a run that can segment."
@@ -240,7 +242,7 @@ def open_file(
     bare = name in DIP_NETWORKS and more.get('num_classes') is None
     if bare and not options.prototypes: raise InputError(f'{path}: features without a classifier; give its prototypes by --prototypes')
     prototypes = load_prototypes(options.prototypes, space) if bare else None
-    space = classes_of(path, len(prototypes.matrix) if bare else fit.classes or more.get('num_classes', 19), space)
+    space = classes_of(path, len(prototypes.matrix) if bare else fit.classes or more.get('num_classes', 19), space, guess)
     net = make(None if bare else space.num_classes)
     fit,feed = fill_from(net, loaded, path, entry),released_feed(name, options.fed_as)
     tell(f'{sentence(fit, path)}; {space.name}, {feed}')
@@ -254,9 +256,10 @@ def open_any(
     options=FileOptions(),         # What a file does not say
     space=None,                    # Class space of a bare file
     device='cpu',                  # Where the network is to live
+    guess=None,                    # Class space of the data, see `open_file`
 )->Run:
     "What `predict`, `eval` and `report` are given."
-    if not Path(path).is_dir(): return open_file(path, options, space, device)
+    if not Path(path).is_dir(): return open_file(path, options, space, device, guess)
     said = [f'--{k.replace("_", "-")}' for k in ('net', 'classes', 'entry', 'fed_as') if getattr(options, k)]
     if said: raise InputError(f'{path}: is the folder of a run, which knows its network; {", ".join(said)} is for a bare weight file')
     return open_run(path, device, options.prototypes)

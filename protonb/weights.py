@@ -81,9 +81,9 @@ def read_pickle(
     "Read a torch file without letting it run anything."
     try:
         if zipfile.is_zipfile(path): check_parts(path)
-        with torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings():
+        with open(path, 'rb') as f, torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            return torch.load(path, map_location='cpu', weights_only=True)
+            return torch.load(f, map_location='cpu', weights_only=True)
     except InputError: raise
     except Exception as e:
         wants,protocol = pickles(path) or ([], 0)
@@ -111,7 +111,9 @@ def read_file(
     path = Path(path)
     if path.is_dir(): raise InputError(f'{path}: is a folder, but a weight file was expected')
     if not path.exists(): raise InputError(f'{path}: does not exist, but a weight file was expected')
-    return read_safetensors(path) if path.suffix == '.safetensors' else read_pickle(path)
+    with open(path, 'rb') as f: head = f.read(9)
+    if head[:1] == b'\x80' or head[:2] == b'PK': return read_pickle(path)          # whatever it is called
+    return read_safetensors(path) if path.suffix == '.safetensors' or head[8:] == b'{' else read_pickle(path)
 
 # %% ../nbs/03_models/04_weights.ipynb #aee5b3f4
 def bare_name(

@@ -374,3 +374,31 @@ def test_a_bare_file_needs_its_network_and_a_folder_does_not(photos, capsys):
     assert shell("eval", photos / "w.pth", "--net", "pbal_small", "--data", data) == 2 and "another network" in capsys.readouterr().err
     assert shell("eval", photos / "none.pth", "--net", "pbal_small", "--data", data) == 2 and "none.pth" in capsys.readouterr().err
     assert not (photos / "p").exists()
+
+
+@pytest.mark.parametrize("name,wrap", [("iapc_small", lambda n: {"state_dict": module(to_released(n))}),
+                                       ("proda_small", lambda n: {"ResNet101": {"model_state": to_released(n)}})])
+def test_iapc_starts_from_a_source_model_that_others_trained(name, wrap, photos):
+    net, path = seeded(SMALL[name], 19), photos / "source.pth"
+    torch.save(wrap(net), path)
+    words = ["train", "iapc", "--start", path, "--target", f"images:{photos}/d/img", "--out", photos / "r", "--steps", 1, "--batch-size", 2, "--device", "cpu",
+             "--lr", 0, "--scales", 1., "--test-height", "None", "--crop-height", 33, "--crop-width", 33, "--refresh-height", 48, "--refresh-width", 64]
+    assert shell(*words) == 2                    # which network?
+    assert shell(*words, "--net", name) == 0 and shell("info", photos / "r") == 0
+
+
+@pytest.mark.parametrize("kind", ["classes of the data", "named"])
+def test_classes_of_a_bare_file(kind, photos, capsys):
+    torch.save(seeded(iapc_small, 16).state_dict(), photos / "w.pth")
+    more = ["--classes", "cityscapes13"] if kind == "named" else []
+    rc = shell("eval", photos / "w.pth", "--net", "iapc_small", "--data", "streets:real,count=1,size=48x64", "--device", "cpu", *more)
+    said = capsys.readouterr()
+    if kind == "named": assert rc == 2 and "16 classes, but cityscapes13 has 13" in said.err
+    else: assert rc == 0 and "cityscapes16" in said.out and "terrain" not in said.out
+
+
+def test_what_a_file_is_called_does_not_matter(tmp_path):
+    state = seeded(iapc_small, K).state_dict()
+    save_file(state, tmp_path / "w.pth")
+    torch.save(state, tmp_path / "w.safetensors")
+    for name in ("w.pth", "w.safetensors"): assert torch.equal(load_weights(tmp_path / name)["layer0.0.weight"], state["layer0.0.weight"])
