@@ -61,11 +61,11 @@ def _start(o, m):
     if m.source == 'labelled':
         source = probe(open_dataset(o.source, 'train', _space(o, m)))
         K = None if m.networks == 'features' else source.space.num_classes
-        return source, source.space, o.net, lambda weights, entry='', tell=None: build_net(o.net, K, weights, o.train.seed, entry, tell)
+        return source, source.space, o.net, lambda weights, entry='', *more: build_net(o.net, K, weights, o.train.seed, entry, *more)
     first = open_any(o.start, FileOptions(o.net, entry=o.entry), space_said(o.classes))
     if (name := first.config['net']) not in ADAPTABLE:
         raise InputError(f'{o.start}: its network is {name}; {m.name.upper()} needs one of {", ".join(ADAPTABLE)}')
-    return None, first.space, name, lambda weights, entry='', tell=None: first.net
+    return None, first.space, name, lambda *_: first.net
 
 # %% ../nbs/07_shell/02_cli.ipynb #9d8bc254
 def open_job(
@@ -79,9 +79,9 @@ def open_job(
     weights,begin = getattr(o, 'weights', None),getattr(o, 'begin', 'published').replace('published', '')
     entry = getattr(o, 'entry', '')
     net = make(weights, entry, print)
-    options = dict(options=dict(bn_clr=True)) if hasattr(net, 'bn_pretrain') else {}     # ProDA's students, where the start has it
-    about = dict(net=name, space=space_to_dict(space), **options, **_about(o, m, target))
-    fresh = lambda: make(o.fresh) if getattr(o, 'fresh', None) else make(weights, entry)
+    options = dict(bn_clr=True) if hasattr(net, 'bn_pretrain') else {}     # ProDA's students, where the start has it
+    about = dict(net=name, space=space_to_dict(space), **(dict(options=options) if options else {}), **_about(o, m, target))
+    fresh = lambda: make(o.fresh, '', None, options) if getattr(o, 'fresh', None) else make(weights, entry)
     job = methods.Job(m, o.hyper, o.train, o.out, net, source, target, fresh, about, dict(getattr(o, 'stage_steps', ())), begin)
     return job, val
 

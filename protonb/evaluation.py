@@ -342,6 +342,30 @@ def _image_id(image):
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 # %% ../nbs/04_learning/03_evaluation.ipynb #ev000006
+def _file_of(stamp):
+    "Name of the image file that a prediction was made from, '' when its stamp does not tell."
+    try: return json.loads(stamp[stamp.index('"'):])
+    except ValueError: return ''
+
+def _jobs(items, out_dir, formats, mark, overwrite, done, damaged):
+    "(paths, stamp, image) of what is to be predicted; counts what is there, notes what cannot be read."
+    for name, image in items:
+        file = Path(image).name if isinstance(image, (str, Path)) else ''
+        paths, stamp = output_paths(out_dir, name, formats), f'{mark} {_image_id(image)} {json.dumps(file)}'
+        there = {p: '' if overwrite else stamp_of(p) for p in paths.values()}
+        if set(there.values()) == {stamp}:
+            done['skipped'] += 1
+            continue
+        try:
+            for p, s in there.items():
+                if file and _file_of(s) not in ('', file):
+                    raise InputError(f'{image}: {p} is the prediction of {_file_of(s)}; give another folder, or --overwrite')
+            yield paths, stamp, _as_array(image, name)
+        except InputError as e:
+            if damaged is None: raise
+            damaged.append(str(e))
+
+# %% ../nbs/04_learning/03_evaluation.ipynb #ev000007
 def _logits(segment, images):
     "Logits of several images of one size; fewer at a time where memory is short."
     try: return list(segment(images))
@@ -351,19 +375,6 @@ def _logits(segment, images):
     half = len(images)//2
     return _logits(segment, images[:half]) + _logits(segment, images[half:])
 
-def _jobs(items, out_dir, formats, mark, overwrite, done, damaged):
-    "(paths, stamp, image) of what is to be predicted; counts what is there, notes what cannot be read."
-    for name, image in items:
-        paths, stamp = output_paths(out_dir, name, formats), f'{mark} {_image_id(image)}'
-        if not overwrite and all(stamp_of(p) == stamp for p in paths.values()):
-            done['skipped'] += 1
-            continue
-        try: yield paths, stamp, _as_array(image, name)
-        except InputError as e:
-            if damaged is None: raise
-            damaged.append(str(e))
-
-# %% ../nbs/04_learning/03_evaluation.ipynb #ev000007
 def _flush(segment, waiting, space, opacity, device, done):
     "Predict what waits, all of one size; leaves the list empty."
     if not waiting: return

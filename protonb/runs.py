@@ -57,18 +57,20 @@ def build_net(
     seed:int=0,        # Seed of the layers that start from random values
     entry='',          # Where in the file the network is, e.g. 'state_dict_ema'; where it fits when left out
     tell=None,         # Function that takes a sentence about what was loaded, e.g. print
+    options=None,      # Options of the network's function, where the start does not tell them
 ):                     # The network, on the CPU
     "A network by name, started from random values or from a file."
     if name not in NETWORKS: raise InputError(f'net is {name!r}; expected one of {", ".join(NETWORKS)}')
     if num_classes is None and name in ADAPTABLE: raise InputError(f'net is {name!r}; DIP needs one of {", ".join(DIP_NETWORKS)}')
     seed_everything(seed, 'init')
-    if weights is None: return NETWORKS[name](num_classes=num_classes)
+    options = options or {}
+    if weights is None: return NETWORKS[name](num_classes=num_classes, **options)
     if Path(weights).is_dir():
         if entry: raise InputError(f'--entry {entry}: {weights} is the folder of a run; entries are for weight files')
-        options = read_config(weights)[1]['config'].get('options', {})
+        options = options | read_config(weights)[1]['config'].get('options', {})
         return start_from(NETWORKS[name](num_classes=num_classes, **options), weights)
     loaded = read_file(weights)
-    net = NETWORKS[name](num_classes=num_classes, **options_in(name, loaded, entry, head=False))
+    net = NETWORKS[name](num_classes=num_classes, **options | options_in(name, loaded, entry, head=False))
     fit = fill_from(net, loaded, weights, entry or None)
     if tell: tell(sentence(fit, weights, num_classes))
     return net
@@ -217,11 +219,11 @@ def classes_of(
 def released_feed(
     name:str,    # Network
     fed_as='',   # Method that was named
-)->Feed:
+)->tuple:        # Name of the method, `Feed`
     "How the result of a method is fed as released."
     if fed_as and fed_as not in METHODS: raise InputError(f'--fed-as {fed_as}: expected one of {", ".join(METHODS)}')
     m = METHODS[fed_as or (name.split('_')[0] if name.endswith('resnet101') else 'source-only')]
-    return m.feed(m.released() if m.released else m.settings())
+    return m.name, m.feed(m.released() if m.released else m.settings())
 
 # %% ../nbs/07_shell/01_runs.ipynb #ru000004
 def open_file(
@@ -244,8 +246,8 @@ def open_file(
     prototypes = load_prototypes(options.prototypes, space) if bare else None
     space = classes_of(path, len(prototypes.matrix) if bare else fit.classes or more.get('num_classes', 19), space, guess)
     net = make(None if bare else space.num_classes)
-    fit,feed = fill_from(net, loaded, path, entry),released_feed(name, options.fed_as)
-    tell(f'{sentence(fit, path)}; {space.name}, {feed}')
+    fit,(fed_as,feed) = fill_from(net, loaded, path, entry),released_feed(name, options.fed_as)
+    tell(f'{sentence(fit, path)}; classes of {space.name}; fed as {fed_as} tests')
     config = dict(net=name, space=space_to_dict(space), hyper={}, feed=feed.to_dict(), weights=str(path), entry=fit.entry)
     run = Run(Path(path), 'file', config, 0, space, net.to(device).eval(), feed, None, None)
     return use_prototypes(run, options.prototypes) if bare else replace(run, segment=segmenter(net, feed))

@@ -26,15 +26,16 @@ class Note:
 def number(
     kind,  # `Note` of a NumPy type: parts ('f8', ...), state (version, byte order, ...)
     data,  # Its bytes
-):         # A Python number
+):         # A Python number; a `Note` for a string or a date
     "A pickled NumPy number."
     code,order = kind.parts[0],(kind.state or (3, '='))[1]
-    if not re.fullmatch('[biuf][1248]', code) or order not in ('<', '>', '|', '='): raise ValueError(f'{code!r} is no number')
+    if not re.fullmatch('[biuf][1248]', code) or order not in ('<', '>', '|', '='): return Note(kind, data)
     return np.frombuffer(data, order.replace('|', '=') + code)[0].item()
 
 # %% ../nbs/03_models/04_weights.ipynb #9122ed87
 #: What may stand beside tensors, and what is called in its place; NumPy 1 and 2 differ in the module
-STAND_INS = [(number, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')] + [(Note, name) for name in
+STAND_INS = [(number, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')] + [
+    (set, 'builtins.set'), (set, '__builtin__.set')] + [(Note, name) for name in
     ('numpy.dtype', 'numpy.ndarray', 'numpy.core.multiarray._reconstruct', 'numpy._core.multiarray._reconstruct', 'argparse.Namespace',
      'pathlib.PosixPath', 'pathlib.WindowsPath', 'pathlib._local.PosixPath', 'mmengine.logging.history_buffer.HistoryBuffer')]
 

@@ -76,6 +76,16 @@ def test_no_file_is_lost_to_an_equal_stem(names, want, tmp_path):
     assert sorted(n for n, _ in found) == sorted(want) and sorted(p.relative_to(tmp_path).as_posix() for _, p in found) == sorted(names)
 
 
+@pytest.mark.parametrize("first,second", [("a.jpg", "a.png"), ("häuser 1.png", "häuser 1.tif")])
+def test_a_later_call_does_not_take_the_place_of_another_image(first, second, runs, tmp_path, capsys):
+    for i, n in enumerate((first, second)): Image.fromarray(picture(i)).save(tmp_path / n)
+    say = lambda name, *more: shell("predict", runs / "r0", tmp_path / name, "--out", tmp_path / "p", "--device", "cpu", *more)
+    assert say(first) == 0 and say(second) == 2
+    said = capsys.readouterr().err
+    assert f"is the prediction of {first}" in said and "--overwrite" in said
+    assert say(first) == 0 and "0 images written" in capsys.readouterr().out and say(second, "--overwrite") == 0
+
+
 def test_links_to_folders_are_followed_and_loops_end(tmp_path):
     (tmp_path / "far").mkdir()
     (tmp_path / "in").mkdir()

@@ -283,7 +283,7 @@ def test_the_prototype_file_runs_nothing(tmp_path):
 
 def test_numbers_and_notes_of_any_numpy_are_read(tmp_path):
     beside = dict(a=np.float64(.5), b=np.int64(3), c=np.float32(.25), d=np.bool_(True), e=np.arange(5.), f=[np.float16(2)], g=Namespace(x=1),
-                  h=Path("x"))
+                  h=Path("x"), i=np.str_("best"), j={1, 2}, k=np.random.get_state())
     torch.save(dict(state_dict={"w": torch.ones(2)}, **beside), tmp_path / "new.pth")
     with zipfile.ZipFile(tmp_path / "new.pth") as z, zipfile.ZipFile(tmp_path / "old.pth", "w") as old:
         for n in z.namelist(): old.writestr(n, z.read(n).replace(b"cnumpy._core.", b"cnumpy.core."))
