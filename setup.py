@@ -32,7 +32,8 @@ setup(
     package_data={"protonb": ["lists/*.csv"]},
     install_requires=words("requirements"),
     extras_require={
-        "dev": words("dev_requirements") + words("triton_requirements"),
+        "dev": words("dev_requirements") + words("triton_requirements") + words("backbones_requirements"),
+        "backbones": words("backbones_requirements"),
         "foundation": words("foundation_requirements"),
         "triton": words("triton_requirements"),
     },

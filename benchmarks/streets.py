@@ -1,16 +1,17 @@
 """Every method on procedural streets: one network, one budget, several seeds; mIoU on unseen target scenes.
 
-    python benchmarks/streets.py [--seeds 0 1 2] [--out runs/streets] [--only start source_only oracle iapc pbal views wdass pixda]
+    python benchmarks/streets.py [--seeds 0 1 2] [--out runs/streets] [--only start source_only joint mixteacher oracle iapc pbal views wdass pixda] [--tuning]
 
-Each seed trains a start on source scenes. From there everything gets the same number of steps a stage: more source scenes, labelled target scenes (the oracle), and each stage of each
-method, with the settings of its fitted recipe. Finished stages are kept, stopped ones go on. Rows of streets.csv are written as stages end, with the command that made them; the table over seeds is printed.
+Each seed trains a start on source scenes. From there everything gets the same number of steps a stage: more source scenes, whatever labels there are without any method (the controls), labelled target
+scenes (the oracle), and each stage of each method, with the settings of its fitted recipe. Finished stages are kept, stopped ones go on. Settings are chosen with `--tuning`, which scores on scenes of
+their own and writes nothing. Rows of streets.csv are written as stages end, with the command that made them; the table over seeds is printed.
 """
 import argparse
 import copy
 import csv
 import statistics
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,60 +19,77 @@ import torch
 from protonb import methods
 from protonb.core import atomic_path
 from protonb.datasets import take
-from protonb.deeplab import pbal_small
 from protonb.evaluation import evaluate
 from protonb.feeding import segmenter
 from protonb.few_shot import draw_shots
-from protonb.labels import CITYSCAPES
+from protonb.labels import CITYSCAPES, ClassSpace
+from protonb.pseudo_labels import PartlyLabelled, Unlabelled
 from protonb.recipes import Situation
-from protonb.runs import METHODS, space_to_dict
+from protonb.runs import METHODS, build_net, space_to_dict
 from protonb.streets import REAL, SYNTHETIC, Streets
 from protonb.teachers import adapt_statistics
-from protonb.training import Train, seed_everything
+from protonb.training import Train
 from protonb.weak_labels import WeakLabels
 
 RESULTS = Path(__file__).resolve().parent/'streets.csv'
 KEY = ['stage', 'seed', 'network']
 COLUMNS = [*KEY, 'steps', 'batch', 'miou', 'torch', 'date', 'command']
-STAGES = ['start', 'adabn', 'source_only', 'oracle', 'iapc', 'pbal', 'views', 'wdass', 'fine_tuning', 'pixda']
+STAGES = ['start', 'adabn', 'source_only', 'oracle', 'iapc', 'pbal', 'views', 'wdass', 'fine_tuning', 'pixda', 'joint', 'mixteacher']
 KINDS, SHOTS, CITIES = ('image', 'point', 'coarse'), (1, 5), 18
-H, W = 97, 193
-BATCH, START, STEPS = 4, 1200, 400
-LONG = {'start': START, 'adabn': START, 'views of pbal': 5*STEPS}
-ABOUT = dict(net='pbal_small', space=space_to_dict(CITYSCAPES))
 TITLES = dict(warm_up='pbal warm-up', bpl='pbal BPL', pst='pbal PST', distill_1='pbal distillation 1', distill_2='pbal distillation 2')
 
 
-def settings(name):
-    "The fitted recipe: a network of half a million weights that sees 400 batches of small scenes, going on from a trained start."
-    return METHODS[name].fitted(Situation(STEPS, BATCH, H, W, 19, 200, 'trained', tiny=True))
+
+@dataclass(frozen=True)
+class Setup:
+    "What all runs of a table have in common."
+    net: str = 'pbal_small'       # Key of NETWORKS
+    height: int = 97              # Of the images in pixels
+    width: int = 193
+    space: ClassSpace = CITYSCAPES
+    start: int = 1200             # Steps of the start
+    steps: int = 400              # Steps of everything else
+    batch: int = 4                # Images a step and domain
+    images: int = 200             # Of the target
+    weights: str | None = None    # What the start begins with; None: nothing
+    group: object = lambda name: int(name.rsplit('_', 1)[-1]) % CITIES   # Name -> group of which k images are labelled
+
+    def settings(self, name, start='trained'):
+        "The fitted recipe: all that a method is told of the images, the length of the run and where it starts."
+        steps = self.steps if start == 'trained' else self.start
+        return METHODS[name].fitted(Situation(steps, self.batch, self.height, self.width, self.space.num_classes, self.images, start, self.net.endswith('_small')))
+
+    def length(self, title): return self.start if title in ('start', 'adabn') else 5*self.steps if title == 'views of pbal' else self.steps
+
+    @property
+    def about(self): return dict(net=self.net, space=space_to_dict(self.space))
 
 
 class Bench:
     "The runs of one seed."
-    def __init__(self, home, seed, data):
-        self.home, self.seed, self.data = Path(home)/f'seed{seed}', seed, data
+    def __init__(self, home, seed, data, setup=Setup()):
+        self.home, self.seed, self.data, self.setup = Path(home)/f'seed{seed}', seed, data, setup
 
-    def run(self, steps=STEPS): return Train(steps=steps, batch_size=BATCH, seed=self.seed, checkpoint_every=100)
+    def run(self, steps): return Train(steps=steps, batch_size=self.setup.batch, seed=self.seed, checkpoint_every=100)
 
-    def fresh(self):
-        seed_everything(self.seed, 'init')
-        return pbal_small()
+    def fresh(self): return build_net(self.setup.net, self.setup.space.num_classes, self.setup.weights, self.seed)
 
-    def train(self, method, folder, net, cfg, source=None, target=None, steps=STEPS, until=''):
+    def settings(self, name): return self.setup.settings(name)
+
+    def train(self, method, folder, net, cfg, source=None, target=None, steps=None, until=''):
         "A method from `net` on; stages go on from each other."
-        run = self.run(steps)
-        job = methods.Job(METHODS[method], cfg, run, self.home/folder, net, source, target, lambda: copy.deepcopy(net), ABOUT, begin='before')
-        return methods.train(job, until)['net']
+        run = self.run(steps or self.setup.steps)
+        job = methods.Job(METHODS[method], cfg, run, self.home/folder, net, source, target, lambda: copy.deepcopy(net), self.setup.about, begin='before')
+        done = methods.train(job, until)
+        if not done['finished']: raise SystemExit(f'{job.run_dir}: stopped at step {done["step"]}; the same command goes on there')
+        return done['net']
 
-    def labelled(self, folder, images, net, steps=STEPS):
-        "Training on labelled images of either domain."
-        cfg = settings('source-only')
-        return self.train('source-only', folder, net, replace(cfg, lr=.1) if folder == 'start' else cfg, images, steps=steps)
+    def labelled(self, folder, images, net): return self.train('source-only', folder, net, self.settings('source-only'), images)
 
     def start(self):
         "The common start; trained once."
-        return self.labelled('start', self.data['source'], self.fresh(), START).requires_grad_(True)
+        cfg = self.setup.settings('source-only', 'imagenet' if self.setup.weights else 'nothing')
+        return self.train('source-only', 'start', self.fresh(), cfg, self.data['source'], steps=self.setup.start).requires_grad_(True)
 
     def stages(self, name):
         "Title -> network, one after the other."
@@ -80,83 +98,113 @@ class Bench:
         elif name == 'source_only': yield name, self.labelled(name, data['source'], net)
         elif name == 'oracle': yield name, self.labelled(name, data['target'], net)
         elif name == 'adabn': yield name, adapt_statistics(net, data['target'])
-        elif name == 'iapc': yield name, self.train('iapc', 'iapc', net, settings('iapc'), target=data['target'])
+        elif name == 'iapc': yield name, self.train('iapc', 'iapc', net, self.settings('iapc'), target=data['target'])
         elif name == 'pbal': yield from self.pbal()
         elif name == 'views': yield 'views of pbal', self.views(net)
         elif name == 'wdass': yield from self.wdass(net)
         elif name in ('fine_tuning', 'pixda'): yield from self.few(name, net)
+        elif name in ('joint', 'mixteacher'): yield from self.any(name, net)
 
     def pbal(self):
         "Stage by stage; what is finished is not trained again."
         for stage, _ in METHODS['pbal'].stages:
-            net = self.train('pbal', 'pbal', self.start(), settings('pbal'), self.data['source'], self.data['target'], until=stage)
+            net = self.train('pbal', 'pbal', self.start(), self.settings('pbal'), self.data['source'], self.data['target'], until=stage)
             yield TITLES[stage], net
         yield 'pbal distillation 2, AdaBN', adapt_statistics(copy.deepcopy(net), self.data['target'])
 
     def views(self, net):
         "What PBAL's windows and colours are worth alone: as many steps as all its stages, no adversary, no prototypes, no pseudo labels; the target passes through the batch norms only."
-        cfg = settings('pbal')
+        cfg = self.settings('pbal')
         cfg = replace(cfg, warm_up=replace(cfg.warm_up, adversarial=0., max_iter=5*cfg.warm_up.max_iter))
-        return self.train('pbal', 'views', net, cfg, self.data['source'], self.data['target'], LONG['views of pbal'], 'warm_up')
+        return self.train('pbal', 'views', net, cfg, self.data['source'], self.data['target'], self.setup.length('views of pbal'), 'warm_up')
 
     def wdass(self, first):
         for kind in KINDS:
             target = WeakLabels(self.data['target'], kind, seed=self.seed, least=20)
-            net = self.train('wdass', f'wdass_{kind}', copy.deepcopy(first), replace(settings('wdass'), labels=kind), self.data['source'], target)
+            net = self.train('wdass', f'wdass_{kind}', copy.deepcopy(first), replace(self.settings('wdass'), labels=kind), self.data['source'], target)
             yield f'wdass {kind}', net
             yield f'wdass {kind}, AdaBN', adapt_statistics(copy.deepcopy(net), self.data['target'])
 
     def few(self, name, first):
         "The labelled target images are drawn as if the scenes came from so many cities; the distillation is a part of the same budget."
-        names, cfg = list(self.data['target'].names), settings('pixda')
+        cfg = self.settings('pixda')
         for k in SHOTS:
             net, title = copy.deepcopy(first), f'{name} {k}-shot'
-            images = take(self.data['target'], draw_shots(names, k, self.seed, group=lambda n: names.index(n) % CITIES))
+            images = take(self.data['target'], self.drawn(k))
             if name == 'fine_tuning': net = self.labelled(f'fine_tuning_{k}', images, net)
-            else: net = self.train('pixda', f'pixda_{k}', net, cfg, self.data['source'], images, STEPS-cfg.kd_steps)
+            else: net = self.train('pixda', f'pixda_{k}', net, cfg, self.data['source'], images, self.setup.steps-cfg.kd_steps)
             yield title, net
 
 
-def read_rows():
-    if not RESULTS.exists(): return []
-    with open(RESULTS, newline='') as f: return list(csv.DictReader(f))
+    def any(self, name, first):
+        "Joint training and MixTeacher with every kind of label that they take; of all images they know the labels of the few alone."
+        data, cfg = self.data['target'], self.settings(name)
+        kinds = {} if name == 'joint' else dict(none=('none', Unlabelled(data)))
+        kinds |= {kind: (kind, WeakLabels(data, kind, seed=self.seed, least=20)) for kind in KINDS if (name, kind) != ('joint', 'image')}
+        kinds |= {f'{k}-shot': ('few', PartlyLabelled(data, self.drawn(k))) for k in SHOTS} | dict(full=('full', data))
+        for title, (kind, target) in kinds.items():
+            yield f'{name} {title}', self.train(name, f'{name}_{title}', copy.deepcopy(first), replace(cfg, labels=kind), self.data['source'], target)
+
+    def drawn(self, k):
+        "Positions of k labelled images of each group of scenes."
+        return draw_shots(list(self.data['target'].names), k, self.seed, group=self.setup.group)
 
 
-def write_row(row):
+def read_rows(path):
+    if not path.exists(): return []
+    with open(path, newline='') as f: return list(csv.DictReader(f))
+
+
+def write_row(path, row):
     "Add a row; one of the same stage, seed and network is replaced."
-    rows = [r for r in read_rows() if any(str(r[k]) != str(row[k]) for k in KEY)]+[row]
-    with atomic_path(RESULTS) as p, open(p, 'w', newline='') as f:
+    rows = [r for r in read_rows(path) if any(str(r[k]) != str(row[k]) for k in KEY)]+[row]
+    with atomic_path(path) as p, open(p, 'w', newline='') as f:
         out = csv.DictWriter(f, COLUMNS, lineterminator='\n')
         out.writeheader()
         out.writerows(rows)
 
 
 def table(rows):
-    "Mean and spread of every stage."
+    "Mean and standard error of every stage, and its share of the way from the start to the oracle."
+    value = {(r['stage'], r['seed']): float(r['miou']) for r in rows}
     for stage in dict.fromkeys(r['stage'] for r in rows):
-        v = [float(r['miou']) for r in rows if r['stage'] == stage]
-        print(f'{stage:24}{statistics.mean(v):6.1f} ± {statistics.stdev(v) if len(v) > 1 else 0:.1f}   ' + ' '.join(f'{x:.1f}' for x in v))
+        seeds = [s for t, s in value if t == stage]
+        v = [value[stage, s] for s in seeds]
+        way = [(value[stage, s]-value['start', s])/(value['oracle', s]-value['start', s]) for s in seeds if ('start', s) in value and ('oracle', s) in value]
+        error = statistics.stdev(v)/len(v)**.5 if len(v) > 1 else 0
+        print(f'{stage:28}{statistics.mean(v):6.1f} ± {error:.1f}   {f"{statistics.mean(way):6.0%}" if way else "":8}' + ' '.join(f'{x:.1f}' for x in v))
+
+
+def fill(bench, names, command, path=None):
+    "Train and score; rows, written to `path` as they come."
+    rows, setup = [], bench.setup
+    for name in names:
+        for title, net in bench.stages(name):
+            scores = evaluate(segmenter(net), bench.data['val'], progress=False)
+            net.train()
+            print(f'seed {bench.seed}, {title}: {100*scores.miou:.1f}', flush=True)
+            rows.append(dict(stage=title, seed=bench.seed, network=setup.net, steps=setup.length(title), batch=setup.batch, miou=f'{100*scores.miou:.2f}',
+                             torch=torch.__version__, date=time.strftime('%Y-%m-%d'), command=command))
+            if path: write_row(path, rows[-1])
+    return rows
+
+
+def options(about, home):
+    p = argparse.ArgumentParser(description=about.split('\n')[0])
+    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    p.add_argument('--out', type=Path, default=Path('runs')/home)
+    p.add_argument('--only', nargs='+', choices=STAGES, default=STAGES)
+    p.add_argument('--no-write', action='store_true', help='leave the table as it is')
+    p.add_argument('--tuning', action='store_true', help='score on the images for choosing settings, and leave the table as it is')
+    return p
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    p.add_argument('--out', type=Path, default=Path('runs')/'streets')
-    p.add_argument('--only', nargs='+', choices=STAGES, default=STAGES)
-    p.add_argument('--no-write', action='store_true', help='leave streets.csv as it is')
-    args = p.parse_args()
-    data = dict(source=Streets(SYNTHETIC, 300, size=(H, W), seed=0), target=Streets(REAL, 200, size=(H, W), seed=1), val=Streets(REAL, 60, size=(H, W), seed=2))
-    rows = []
-    for seed in args.seeds:
-        for name in args.only:
-            for title, net in Bench(args.out, seed, data).stages(name):
-                score = 100*evaluate(segmenter(net), data['val'], progress=False).miou
-                net.train()
-                print(f'seed {seed}, {title}: {score:.1f}', flush=True)
-                rows.append(dict(stage=title, seed=seed, network=ABOUT['net'], steps=LONG.get(title, STEPS), batch=BATCH, miou=f'{score:.2f}', torch=torch.__version__,
-                                 date=time.strftime('%Y-%m-%d'), command='python benchmarks/streets.py'))
-                if not args.no_write: write_row(rows[-1])
-    table(rows)
+    args, size = options(__doc__, 'streets').parse_args(), (Setup.height, Setup.width)
+    data = dict(source=Streets(SYNTHETIC, 300, size=size, seed=0), target=Streets(REAL, 200, size=size, seed=1),
+                val=Streets(REAL, 60, size=size, seed=7 if args.tuning else 2))
+    path = None if args.no_write or args.tuning else RESULTS
+    table([row for seed in args.seeds for row in fill(Bench(args.out, seed, data), args.only, 'python benchmarks/streets.py', path)])
 
 
 if __name__ == '__main__': main()

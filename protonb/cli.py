@@ -29,8 +29,8 @@ from .pages import Demo, demo, make_report
 from .prototypes import class_prototypes, save_prototypes
 from .recipes import choice_table, never_heard
 from .runs import (ADAPTABLE, METHODS, FileOptions, Stopped, build_net, device_of, go_on, look_name, mark_of, open_any, open_run,
-                          read_config, read_scores, ready, score, space_to_dict, stages_of)
-from .training import Train, accelerator_for, versions
+                          read_config, read_scores, ready, score, space_to_dict)
+from .training import Train, accelerator_for, latest_checkpoint, versions
 
 # %% ../nbs/07_shell/02_cli.ipynb #4aa7dc74
 def _space(o, m):
@@ -49,11 +49,12 @@ def _follow(o, source):
 def _about(o, m, target):
     "What config.json is to say of the data."
     told = {k: str(getattr(o, k)) for k in ('source', 'start', 'target', 'weights', 'entry') if getattr(o, k, None) not in (None, '')}
-    if m.target in ('few', 'support'):
-        print(f'{len(target)} labelled target images')
-        told['images'] = list(target.names)
+    few = getattr(target, 'few', target if m.target in ('few', 'support') else None)
+    if few is not None:
+        print(f'{len(few)} labelled target images')
+        told['images'] = list(few.names)
     how = {k: str(v) for k in ('begin', 'fresh') if (v := getattr(o, k, None)) is not None}      # where stages begin, of several stages
-    return told | how | (dict(weak=o.data.weak) if m.target == 'weak' else {})
+    return told | how | (dict(weak=o.data.weak) if hasattr(getattr(o, 'data', None), 'weak') else {})
 
 # %% ../nbs/07_shell/02_cli.ipynb #49f241ea
 def _start(o, m):
@@ -103,7 +104,7 @@ def train(
     done,acc = methods.train(job, getattr(o, 'until', '')),accelerator_for(o.train)
     go_on(done)
     if val is not None and acc.is_main_process:
-        stage = done['stage'] if done['stage'] in stages_of(o.out) else None         # some stages train nothing
+        stage = done['stage'] if latest_checkpoint(o.out, done['stage']) else None     # some stages train nothing
         score(open_run(o.out, acc.device, stage=stage), val, f'{o.val} val')
     return 0
 
@@ -134,7 +135,7 @@ def one_line(
 
 # %% ../nbs/07_shell/02_cli.ipynb #2d3365d1
 EXAMPLE = dict(labelled='--source gta5:/data/GTA5 ', model='--start runs/source ', none='', unlabelled='', weak='--labels coarse ',
-               few='--shots 5 ', support='--shots 5 ')
+               few='--shots 5 ', support='--shots 5 ', any='--labels few --shots 5 ')
 
 def method_help(m):
     "The words of an example, and where the rest of the options is."

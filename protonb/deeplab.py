@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CAFFE_MEAN', 'RELEASED_STEM', 'CAFFE', 'PBAL_STEM', 'RELEASED_ENTRIES', 'SumHead', 'caffe_input', 'IAPCNet',
            'gaussian_', 'affine_', 'iapc_resnet101', 'small_caffe', 'iapc_small', 'iapc_mobilenetv2', 'Atrous',
-           'resize', 'ASPP', 'Decoder', 'PBALNet', 'fan_in_', 'below', 'pbal_resnet101', 'pbal_small', 'mobile_keys',
+           'resize', 'ASPP', 'Decoder', 'PBALNet', 'fan_in_', 'below', 'pbal_resnet101', 'pbal_small',
            'pbal_mobilenetv2', 'SqueezeExcite', 'GroupHead', 'ProDANet', 'proda_gaussian_', 'proda_resnet101',
            'proda_small', 'proda_mobilenetv2', 'init_keys', 'from_released', 'to_released', 'released_repeats']
 
@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from .core import InputError
 from .dip_net import under
-from .mobilenet import MobileNetV2, to_stage_keys
+from .mobilenet import MobileNetV2, mobile_keys, to_stage_keys
 from .resnet import ResNet, freeze_affine, from_torchvision_keys, kaiming_, rename_keys
 from .weights import compare_states, unwrap
 
@@ -130,15 +130,17 @@ def iapc_small(
     gaussian_(kaiming_(net).layer6)
     return affine_(net, train_affine)
 
+# %% ../nbs/03_models/05_deeplab.ipynb #620c8d69
 def iapc_mobilenetv2(
     num_classes:int=19,          # K
     output_stride:int=8,         # Image size over feature size: 8, 16 or 32
     rates:tuple=(6,12,18,24),    # Dilations of the head
     train_affine:bool=False,     # Train scale and shift of the batch norms, as the source model's training did
+    backbone=MobileNetV2,        # The class, or whatever makes a `Staged` network from `output_stride` and `last`
 )->IAPCNet:                      # (B,3,H,W) -> (B,K,H/8,W/8)
     "The same head on MobileNetV2: a pretrained start that a CPU can train."
-    net = MobileNetV2(output_stride=output_stride, last=False)
-    net = IAPCNet(net.stages(), net.widths, num_classes, rates, rectify=True, rename_backbone=to_stage_keys)
+    net = backbone(output_stride=output_stride, last=False)
+    net = IAPCNet(net.stages(), net.widths, num_classes, rates, rectify=True, rename_backbone=net.keys(to_stage_keys))
     gaussian_(net.layer6)
     return affine_(net, train_affine)
 
@@ -282,21 +284,16 @@ def pbal_small(
     return net
 
 # %% ../nbs/03_models/05_deeplab.ipynb #7a7f5f58
-def mobile_keys(
-    state:dict,  # Torchvision's MobileNetV2, `features.N...` and maybe `classifier...`
-)->dict:         # The same without the last 1x1 conv and the classifier
-    "The part of a MobileNetV2 file that `MobileNetV2(last=False)` has."
-    return rename_keys(state, {'features.18': None, 'classifier': None})
-
 def pbal_mobilenetv2(
     num_classes:int=19,      # K
     output_stride:int=16,    # Image size over size of the coarse map: 8, 16 or 32
     channels:int=128,        # Feature channels C
     rates:tuple=(6,12,18),   # Dilations of ASPP
+    backbone=MobileNetV2,    # The class, or whatever makes a `Staged` network from `output_stride` and `last`
 )->PBALNet:                  # (B,3,H,W) -> (B,K,H/4,W/4)
     "The same head on MobileNetV2: a pretrained start that a CPU can train."
-    net = PBALNet(MobileNetV2(output_stride=output_stride, last=False), num_classes, channels, 24, rates,
-                  below('backbone', mobile_keys))
+    net = backbone(output_stride=output_stride, last=False)
+    net = PBALNet(net, num_classes, channels, 24, rates, below('backbone', net.keys(mobile_keys)))
     fan_in_(net.aspp), fan_in_(net.decoder)
     return net
 
@@ -405,10 +402,11 @@ def proda_mobilenetv2(
     output_stride:int=8,      # Image size over feature size: 8, 16 or 32
     channels:int=128,         # Feature channels C, a multiple of 8
     rates:tuple=(6,12,18,24), # Dilations of the head
+    backbone=MobileNetV2,     # The class, or whatever makes a `Staged` network from `output_stride` and `last`
 )->ProDANet:                  # (B,3,H,W) -> (B,K,H/8,W/8)
     "The same head on MobileNetV2: a pretrained start that a CPU can train."
-    net = MobileNetV2(output_stride=output_stride, last=False)
-    net = ProDANet(net.stages(), net.widths, num_classes, channels, rates, bn_clr, to_stage_keys)
+    net = backbone(output_stride=output_stride, last=False)
+    net = ProDANet(net.stages(), net.widths, num_classes, channels, rates, bn_clr, net.keys(to_stage_keys))
     gaussian_(net.layer5)
     nn.init.zeros_(net.layer5.bottleneck[1].bias)
     return net

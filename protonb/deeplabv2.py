@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 from .core import InputError
 from .deeplab import (CAFFE, RELEASED_STEM, IAPCNet, SumHead, affine_, below, fan_in_, gaussian_, init_keys,
-                             mobile_keys, small_caffe)
+                             small_caffe)
 from .dip_net import under
-from .mobilenet import MobileNetV2, to_stage_keys
+from .mobilenet import MobileNetV2, mobile_keys, to_stage_keys
 from .resnet import ResNet, from_torchvision_keys, kaiming_
 
 # %% ../nbs/03_models/07_deeplabv2.ipynb #38ddf5c8
@@ -71,10 +71,11 @@ def wdass_mobilenetv2(
     output_stride:int=8,        # Image size over feature size: 8, 16 or 32
     channels:int=256,           # Feature channels C
     rates:tuple=(12,24,36,48),  # Dilations of the classifier
+    backbone=MobileNetV2,       # The class, or whatever makes a `Staged` network from `output_stride` and `last`
 )->WDASSNet:                    # (B,3,H,W) -> (B,K,H/8,W/8)
     "The same two heads on MobileNetV2: a pretrained start that a CPU can train."
-    net = MobileNetV2(output_stride=output_stride, last=False)
-    net = WDASSNet(net, num_classes, channels, rates, below('backbone', mobile_keys))
+    net = backbone(output_stride=output_stride, last=False)
+    net = WDASSNet(net, num_classes, channels, rates, below('backbone', net.keys(mobile_keys)))
     fan_in_(net.aspp)
     return net
 
@@ -132,10 +133,11 @@ def pixda_mobilenetv2(
     output_stride:int=8,        # Image size over feature size: 8, 16 or 32
     rates:tuple=(6,12,18,24),   # Dilations of the head
     train_affine:bool=False,    # Train scale and shift of the batch norms
+    backbone=MobileNetV2,       # The class, or whatever makes a `Staged` network from `output_stride` and `last`
 )->IAPCNet:                     # (B,3,H,W) -> (B,K,H/8,W/8)
     "The same head on MobileNetV2: a pretrained start that a CPU can train."
-    net = MobileNetV2(output_stride=output_stride, last=False)
-    net = with_unused_head(IAPCNet(net.stages(), net.widths, num_classes, rates, rectify=True), rates)
-    net.rename_backbone,net.released = to_stage_keys,{}
+    body = backbone(output_stride=output_stride, last=False)
+    net = with_unused_head(IAPCNet(body.stages(), body.widths, num_classes, rates, rectify=True), rates)
+    net.rename_backbone,net.released = body.keys(to_stage_keys),{}
     gaussian_(net.layer5), gaussian_(net.layer6)
     return affine_(net, train_affine)

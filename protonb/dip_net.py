@@ -177,11 +177,12 @@ def dip_mobilenetv2(
     channels:int=256,        # Feature channels C
     projector_layers:int=3,  # Convs of the projector: 1, 2 or 3
     head_norm:str='bn',      # 'bn' or 'gn8'
+    backbone=MobileNetV2,    # The class, or whatever makes a `Staged` network from `output_stride` and `last`
 )->DIPNet:                   # (B,3,H,W) -> (B,C,H/8,W/8)
     "The same head on the 320-channel map of MobileNetV2: a pretrained start that a CPU can train."
-    net = MobileNetV2(output_stride=output_stride, last=False)
+    net = backbone(output_stride=output_stride, last=False)
     return DIPNet(net.stages(), net.widths, channels, num_classes, projector_layers, head_norm,
-                  rename_backbone=to_stage_keys)
+                  rename_backbone=net.keys(to_stage_keys))
 
 # %% ../nbs/03_models/03_dip_net.ipynb #d2c211d8
 def under(

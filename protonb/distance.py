@@ -9,9 +9,10 @@ __all__ = ['METRICS', 'squared_norms', 'inverse_norm', 'compare', 'compare_bwd',
            'logits_cross_entropy_ref', 'prototype_cross_entropy_ref']
 
 # %% ../nbs/02_ops/02_distance.ipynb #05ac3336
+from functools import cache
 import torch
 import torch.nn.functional as F
-from .pooling import RUN, TILE_BYTES, fit, full_precision, grid_positions, long_product, sum_type, tiles, wide
+from .pooling import RUN, TILE_BYTES, full_precision, grid_positions, laid_out, long_product, sum_type, tiles, wide
 
 # %% ../nbs/02_ops/02_distance.ipynb #b0b0fe7b
 def squared_norms(
@@ -132,7 +133,7 @@ def logits_bwd(
         t = f[b,:,s:e].to(p.dtype)
         z,sq = compare(t, p[b], metric, scale, eps) if metric != 'dot' else (None, None)
         _tile_gradients(g[b,:,s:e].clone(), z, t, sq, p[b], dq[b] if need_q else None, dx[b,:,s:e] if need_x else None, metric, scale, eps)
-    return fit(dx, x) if need_x else x.new_empty(0), _rows_bwd(dq, q, metric, eps) if need_q else x.new_empty(0)
+    return laid_out(dx, x) if need_x else x.new_empty(0), _rows_bwd(dq, q, metric, eps) if need_q else x.new_empty(0)
 
 # %% ../nbs/02_ops/02_distance.ipynb #ed15f2a6
 class _Logits(torch.autograd.Function):
@@ -173,14 +174,19 @@ def first_largest(
     return (K-rank.long()).clamp_(max=K-1), best  # nan equals nothing
 
 # %% ../nbs/02_ops/02_distance.ipynb #d15ce201
+@cache
+def _mixing(n):
+    "(n,) int64 random numbers, the same at every call."
+    return torch.randint(2**62, (n,), generator=torch.Generator().manual_seed(0), device='cpu')
+
 def _equal_rows(q):
     "(G,K,K) bool from (G,K,C): [g,k,j] where row k repeats the earlier row j."
     if q.device.type != 'cpu':                                     # no look at the values: every row with every other
         if q.numel()*q.shape[1] > 1<<24: return torch.stack([(q == q[:,k:k+1]).all(-1) for k in range(q.shape[1])], 1).tril(-1)
         return (q[:,:,None] == q[:,None]).all(-1).tril(-1)
     word = {2: torch.int16, 4: torch.int32, 8: torch.int64}[q.element_size()]
-    bits,mix = (q+0.).contiguous().view(word).long(),torch.randint(2**62, (q.shape[2],), generator=torch.Generator().manual_seed(0))
-    sums = (bits*mix).sum(-1)                                      # integers: equal rows have equal sums, in whatever order they are added
+    bits = (q+0.).contiguous().view(word).long()
+    sums = (bits*_mixing(q.shape[2])).sum(-1)                      # integers: equal rows have equal sums, in whatever order they are added
     same = (sums[:,:,None] == sums[:,None]).tril(-1)
     for pairs in same.nonzero().split(max(1, (1<<20)//q.shape[2])):
         g,k,j = pairs.T
@@ -194,11 +200,11 @@ def may_win(
 ):               # As `valid`, or (1,K) or (B,K) bool: without those that repeat an earlier one
     "Which prototypes take part: of equal ones the first valid one."
     q = q if q.dim() == 3 else q[None]
-    same = _equal_rows(q)
-    if q.device.type == 'cpu' and not same.any(): return valid      # elsewhere a look at the values would be a wait
+    same,look = _equal_rows(q),q.device.type == 'cpu'               # elsewhere a look at the values would be a wait
+    if look and not same.any(): return valid
     first = torch.ones_like(q[...,0], dtype=torch.bool) if valid is None else valid.expand(len(q), -1) if valid.dim() == 1 else valid
     again = (same & first[:,None]).any(-1)
-    return valid if q.device.type == 'cpu' and not again.any() else first & ~again
+    return valid if look and not again.any() else first & ~again
 
 # %% ../nbs/02_ops/02_distance.ipynb #509e106b
 def _winners(t, q, valid, metric):
@@ -317,7 +323,7 @@ def cross_entropy_bwd(
         dz.scatter_add_(0, y[b:b+1,s:e], dz.new_full((), -1).expand(1, e-s)).mul_(share[b,s:e])
         _tile_gradients(dz, z, t, sq, p[b], dq[b] if need_q else None, dx[b,:,s:e] if need_x else None, metric, scale, 1e-12)
         z = dz = None
-    return fit(dx, x) if need_x else x.new_empty(0), _rows_bwd(dq, q, metric, 1e-12) if need_q else x.new_empty(0)
+    return laid_out(dx, x) if need_x else x.new_empty(0), _rows_bwd(dq, q, metric, 1e-12) if need_q else x.new_empty(0)
 
 # %% ../nbs/02_ops/02_distance.ipynb #e187a421
 class _CrossEntropy(torch.autograd.Function):

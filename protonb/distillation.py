@@ -5,22 +5,23 @@
 # %% auto #0
 __all__ = ['LOG_ZERO', 'kd_loss', 'reverse_cross_entropy', 'symmetric_cross_entropy', 'regulariser', 'Distill', 'input_of',
            'fitted_window', 'check_windows', 'distill_samples', 'source_step', 'distill_step', 'equip', 'distill',
-           'distill_round']
+           'distill_round', 'first_round', 'next_round']
 
 # %% ../nbs/04_learning/16_distillation.ipynb #d504ee3d
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from .colour import rand_augment
 from .deeplab import released_repeats, resize
 from .feeding import Feed, network_input, segmenter
 from .labels import IGNORE
+from .methods import Job, begin, notes, run_of
 from .optimization import make_optimizer, parameter_groups, polynomial, schedule
-from .pseudo_labels import HardLabels, write_labels
+from .pseudo_labels import HardLabels, Unlabelled, write_labels
 from .recipes import Situation, crop
-from .processes import cross_entropy, held, mean_over, sum_over, wait_long
+from .processes import cross_entropy, for_processes, held, mean_over, sum_over, wait_long
 
 # %% ../nbs/04_learning/16_distillation.ipynb #0fb2f26c
 from .streams import feed, labelled, paired, pseudo_labelled, stage_seed
@@ -89,16 +90,16 @@ class Distill:
     legacy_kd:bool = False       # The released formula, without the logarithm
     legacy_dup:bool = False      # Update backbone tensors 3 or 4 times a step, as the released lists do
     legacy_warp:bool = False     # The released label warp
-    mean_std:bool = False        # Images by ImageNet's mean and deviation; False: x/255, as ProDA feeds
+    mean_std:bool = False        # Images as the network wants them, by ImageNet's mean and deviation; False: x/255, as ProDA feeds
     shrink:int = 4               # Image size over the size of the maps on which labels and teacher are compared
     window:Window = PRODA_WINDOW # Scale, window and flip of all images
 
 # %% ../nbs/04_learning/16_distillation.ipynb #9c961fa4
 def input_of(
     cfg,   # Has `mean_std`
-)->str:    # 'imagenet' or 'unit', the words of `feeding`
-    "What a network gets to see, whatever it says of itself: ProDA feeds x/255 even to ImageNet weights."
-    return 'imagenet' if cfg.mean_std else 'unit'
+)->str:    # '' or 'unit', the words of `feeding`
+    "What a network gets to see: what it says of itself, or x/255, which ProDA feeds even to ImageNet weights."
+    return '' if cfg.mean_std else 'unit'
 
 def fitted_window(
     s:Situation,  # Of the run
@@ -175,9 +176,8 @@ def equip(
     acc,           # Accelerator
     repeats=None,  # Parameter name -> updates a step
 )->tuple:          # net, optimizer, schedule, ready for all processes
-    "SGD with a rate for the backbone and one for the head, polynomial decay, on the device."
-    if acc.num_processes > 1 and acc.device.type == 'cuda': net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    net.to(memory_format=torch.channels_last)
+    "Train mode, SGD with a rate for the backbone and one for the head, polynomial decay, on the device."
+    net = for_processes(net, acc)
     groups = parameter_groups(net, cfg.lr, cfg.head_factor, weight_decay=cfg.weight_decay, repeats=repeats or {})
     opt = make_optimizer('sgd', groups, cfg.lr, momentum=cfg.momentum)
     sched = schedule(opt, polynomial(cfg.length, cfg.power))
@@ -222,10 +222,27 @@ def distill_round(
     progress=True, # Show a bar
 )->dict:           # step reached, and whether the stage is finished
     "The teacher labels all target images, then the student learns from labels and teacher. Goes on where it stopped."
-    acc,folder = accelerator_for(run),Path(run_dir)/'pseudo'/stage
+    acc,folder,target = accelerator_for(run),Path(run_dir)/'pseudo'/stage,Unlabelled(target)
     see = segmenter(teacher.to(acc.device), Feed(input=input_of(cfg)))
     how = dict(flip=cfg.flip, device=acc.device, workers=run.workers, progress=progress)
     if acc.is_main_process: write_labels(see, target, folder, target.space, **how)
     wait_long(acc)
     labels = HardLabels(target, folder, thresholds=cfg.threshold, below='<=')
     return distill(source, labels, student, teacher, cfg, run, run_dir=run_dir, stage=stage, config=config, progress=progress)
+
+# %% ../nbs/04_learning/16_distillation.ipynb #581189f7
+def first_round(
+    job:Job,  # Its settings have a part `distill`
+)->dict:      # step reached, and whether the stage is finished
+    "A stage of a method: the network of the stage before becomes the teacher, the student starts from where the run did."
+    return _round(job, 'fresh')
+
+def next_round(
+    job:Job,  # As above
+)->dict:      # As above
+    "One more: the student goes on from the network that becomes its teacher."
+    return _round(job, 'before')
+
+def _round(job, published):
+    teacher,job.net = job.net,begin(job, published)
+    return distill_round(job.source, job.target, job.net, teacher, job.cfg.distill, run_of(job), stage=job.stage, **notes(job))

@@ -18,7 +18,8 @@ from .training import Train, accelerator_for, fit
 # %% ../nbs/04_learning/14_methods.ipynb #f7a87e88
 SOURCES = dict(labelled='labelled source images', model='a network trained on the source; its images are not needed')
 TARGETS = dict(none='nothing', unlabelled='target images without labels', weak='target images with weak labels: tags, points, coarse masks',
-               few='a few labelled target images', support='a few labelled target images for each class')
+               few='a few labelled target images', support='a few labelled target images for each class',
+               any='target images with the labels there are: none, tags, points, coarse masks, a few images, all')
 
 @dataclass(frozen=True)
 class Method:

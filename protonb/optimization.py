@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['parameter_groups', 'RepeatedSGD', 'make_optimizer', 'constant', 'polynomial', 'linear_warm_up', 'schedule',
-           'first_step_full_lr', 'first_by_itself']
+           'optimizer_of', 'first_step_full_lr', 'first_by_itself']
 
 # %% ../nbs/04_learning/09_optimization.ipynb #0740bf8b
 from typing import Literal
@@ -118,6 +118,21 @@ def schedule(
 )->LambdaLR:      # Call `.step()` after each `optimizer.step()`
     "Let the rates of an optimiser follow a factor."
     return LambdaLR(optimizer, factor)
+
+# %% ../nbs/04_learning/09_optimization.ipynb #f0d2e205
+def optimizer_of(
+    net,               # Network with `head_prefixes`
+    cfg,               # lr, momentum, weight_decay, power; perhaps optimizer ('sgd'), head_factor (1), warm (0)
+    length:int,        # Updates until the rate would be 0
+    *,
+    ahead:int=0,       # As in `polynomial`
+    start:float=1e-3,  # Factor of the first update of a warm-up
+    **groups,          # As in `parameter_groups`: decay, repeats, more
+)->tuple:              # Optimizer, schedule
+    "SGD or AdamW over backbone and head, a warm-up, the polynomial of the run: from the settings of a method."
+    of = parameter_groups(net, cfg.lr, getattr(cfg, 'head_factor', 1.), weight_decay=cfg.weight_decay, **groups)
+    opt = make_optimizer(getattr(cfg, 'optimizer', 'sgd'), of, cfg.lr, momentum=cfg.momentum)
+    return opt, schedule(opt, linear_warm_up(getattr(cfg, 'warm', 0), start, polynomial(length, cfg.power, ahead)))
 
 # %% ../nbs/04_learning/09_optimization.ipynb #25fedd41
 def first_step_full_lr(

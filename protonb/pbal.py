@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from .colour import jitter
 from .discriminators import SOURCE, class_map, discriminator_step, domain_loss, pbal_discriminator
-from .distillation import Distill, check_windows, distill_round, fitted_window
+from .distillation import Distill, check_windows, first_round, fitted_window, next_round
 from .feeding import network_input, segmenter
 from .labels import IGNORE
 from .methods import Method, begin, notes, run_of
@@ -291,10 +291,7 @@ def _pst(job):
     job.net = begin(job, 'fresh')
     return pst(job.source, labels, job.net, job.cfg.pst, run_of(job), **notes(job))
 
-def _distill(job):
-    teacher,job.net = job.net,begin(job, 'fresh' if job.stage == 'distill_1' else 'before')
-    return distill_round(job.source, Unlabelled(job.target), job.net, teacher, job.cfg.distill, run_of(job), stage=job.stage, **notes(job))
-
 METHOD = Method('pbal', 'Adapt with PBAL: warm-up, bidirectional alignment, self-training, two rounds of distillation.', PBAL,
-    (('warm_up', _adversarial), ('bpl', _adversarial), ('pst', _pst), ('distill_1', _distill), ('distill_2', _distill)), 'pbal_resnet101',
-    often=('warm_up.lr', 'bpl.lr', 'bpl.align', 'pst.lr', 'pst.quantile', 'distill.lr', 'distill.threshold'), fitted=_fitted)
+    (('warm_up', _adversarial), ('bpl', _adversarial), ('pst', _pst), ('distill_1', first_round), ('distill_2', next_round)),
+    net='pbal_resnet101', fitted=_fitted,
+    often=('warm_up.lr', 'bpl.lr', 'bpl.align', 'pst.lr', 'pst.quantile', 'distill.lr', 'distill.threshold'))

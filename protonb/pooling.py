@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TILE_BYTES', 'RUN', 'PARTS', 'one_hot_masks', 'wide', 'full_precision', 'tiles', 'sum_type', 'long_product',
-           'weighted_sums_fwd', 'weighted_sums_bwd', 'class_ids', 'row_sums_bwd', 'class_weights', 'pool_and_pass_ref',
-           'masked_average_pool_ref', 'pool_fwd', 'fit', 'pool_bwd', 'grid_positions', 'soft_masks', 'labels_on_grid']
+           'weighted_sums_fwd', 'weighted_sums_bwd', 'gradient_rows', 'row_sums_bwd', 'class_weights',
+           'pool_and_pass_ref', 'masked_average_pool_ref', 'pool_fwd', 'laid_out', 'pool_bwd', 'grid_positions',
+           'soft_masks', 'labels_on_grid']
 
 # %% ../nbs/02_ops/01_pooling.ipynb #851365f2
 from contextlib import nullcontext
@@ -92,7 +93,7 @@ def weighted_sums_fwd(
 # %% ../nbs/02_ops/01_pooling.ipynb #bc15f61a
 def weighted_sums_bwd(
     x,            # (B,C,N) features
-    w,            # (S,K,N) weights of the images first..first+S-1, or their `class_ids` (S,N)
+    w,            # (S,K,N) weights of the images first..first+S-1, or their `gradient_rows` (S,N)
     g,            # (S,K,C) gradient of the sums
     through,      # (B,C,N) gradient that reaches the features from elsewhere, or None
     first:int=0,  # First image that was pooled
@@ -115,7 +116,7 @@ def weighted_sums_bwd(
     return dx, dw
 
 # %% ../nbs/02_ops/01_pooling.ipynb #d84ac1fc
-def class_ids(
+def gradient_rows(
     x,                 # (B,C,N) features
     labels,            # (S,h,w) class ids, or soft masks (S,K,h,w) float
     num_classes:int,   # K
@@ -130,7 +131,7 @@ def class_ids(
 # %% ../nbs/02_ops/01_pooling.ipynb #5a966ae9
 def row_sums_bwd(
     x,            # (B,C,N) features, channels last in memory
-    ids,          # (S,N) of `class_ids`, for the images first..first+S-1
+    ids,          # (S,N) of `gradient_rows`, for the images first..first+S-1
     g,            # (S,K,C) gradient of the sums
     through,      # (B,C,N) gradient that reaches the features from elsewhere, or None
     first:int=0,  # First image that was pooled
@@ -192,7 +193,7 @@ def pool_and_pass_ref(
         x = features.flatten(2)
         rows = num_classes if labels.is_floating_point() else -(-num_classes//4)*4    # products like their rows in fours
         w = class_weights(labels, rows, weights, ignore_index, wide(x.dtype)).flatten(2)
-        ids = class_ids(x, labels, num_classes, weights, ignore_index) if x.requires_grad else None
+        ids = gradient_rows(x, labels, num_classes, weights, ignore_index) if x.requires_grad else None
         sums,x = _WeightedSums.apply(x, w, ids, images.indices(len(x))[0])
         sums,mass = sums[:,:num_classes],w[:,:num_classes].sum(2)
         if not per_image: sums,mass = sums.sum(0),mass.sum(0)
@@ -232,7 +233,7 @@ def pool_fwd(
                                        per_image=per_image, eps=eps)
 
 # %% ../nbs/02_ops/01_pooling.ipynb #836c6db7
-def fit(
+def laid_out(
     d,           # Gradient, of as many elements
     like,        # What it belongs to
 )->torch.Tensor: # `d`, or a copy of it where the layout differs
@@ -260,7 +261,7 @@ def pool_bwd(
     gs,gm = _sum_gradients(g, g_mass, prototypes, mass, eps)
     if not per_image: gs,gm = gs.expand(B, -1, -1),gm.expand(B, -1)
     f,need_m = x.flatten(2),need_masks or need_weights
-    m = class_ids(f, labels, K, weights, ignore_index)
+    m = gradient_rows(f, labels, K, weights, ignore_index)
     if m is None: m = class_weights(labels, K, weights, ignore_index, gs.dtype).flatten(2)
     dx,dm = weighted_sums_bwd(f, m, gs, None, 0, need_x, need_m)
     if need_m: dm = dm.add_(gm[...,None]).view(B, K, *x.shape[2:])
@@ -268,7 +269,7 @@ def pool_bwd(
     dw = (dm*m).sum(1) if need_weights else None
     if need_masks: dm = dm if weights is None else dm*weights[:,None]
     wanted = (need_x, dx, x), (need_masks, dm, labels), (need_weights, dw, weights)
-    return tuple(fit(d, like) if need else x.new_empty(0) for need,d,like in wanted)
+    return tuple(laid_out(d, like) if need else x.new_empty(0) for need,d,like in wanted)
 
 # %% ../nbs/02_ops/01_pooling.ipynb #0ffedf93
 def _corners(labels, size):

@@ -20,11 +20,11 @@ from .deeplab import released_repeats, resize
 from .dip_net import set_train
 from .discriminators import SOURCE, class_map, discriminator_step, domain_loss, proda_discriminator
 from .distance import bilinear_weights
-from .distillation import (Distill, check_windows, distill_round, equip, fitted_window, input_of, regulariser, source_step,
+from .distillation import (Distill, check_windows, equip, first_round, fitted_window, input_of, next_round, regulariser, source_step,
                                   symmetric_cross_entropy)
 from .feeding import Feed, network_input, segmenter
 from .labels import IGNORE
-from .methods import Method, begin, notes, run_of
+from .methods import Method, notes, run_of
 
 # %% ../nbs/05_methods/05_proda.ipynb #71c5a6b9
 from .ops import masked_average_pool, prototype_logits
@@ -291,11 +291,11 @@ def adversarial_warm_up(
     "Output-space adversarial training, where ProDA starts."
     acc = accelerator_for(run)
     if cfg.freeze_bn: freeze_affine(net)
-    set_train(net, ('',) if cfg.freeze_bn else False)
     opt_d = torch.optim.Adam(D.train().parameters(), lr=cfg.lr_d, betas=tuple(cfg.betas))
     sched_d = schedule(opt_d, polynomial(cfg.length, cfg.power))
     D,opt_d = acc.prepare(D, opt_d)
     net,opt,sched = equip(net, cfg, acc, released_repeats(net) if cfg.legacy_dup else None)
+    set_train(bare(net), ('',) if cfg.freeze_bn else False)
     one = lambda batch: warm_up_step(net, D, opt, opt_d, [sched, sched_d], batch, cfg, acc.backward, acc)
     parts = dict(net=net, D=D, opt=opt, opt_d=opt_d, sched=sched, sched_d=sched_d)
     make = warm_up_samples(source, target, cfg, stage_seed(run.seed, 'warm_up'))
@@ -420,14 +420,10 @@ def _denoise(job):
     soft,first = job.kept['soft']
     return denoise(job.source, soft, job.net, first, job.cfg.denoise, run_of(job), **notes(job))
 
-def _distill(job):
-    teacher,job.net = job.net,begin(job, 'fresh' if job.stage == 'stage2' else 'before')
-    return distill_round(job.source, job.target, job.net, teacher, job.cfg.distill, run_of(job), stage=job.stage, **notes(job))
-
 # %% ../nbs/05_methods/05_proda.ipynb #1c007640
 METHOD = Method(
     'proda', 'Adapt with ProDA: warm-up, prototypes and soft labels, denoising, two rounds of distillation.', ProDA,
-    (('warm_up', _warm_up), ('soft_labels', _soft), ('denoise', _denoise), ('stage2', _distill), ('stage3', _distill)),
+    (('warm_up', _warm_up), ('soft_labels', _soft), ('denoise', _denoise), ('stage2', first_round), ('stage3', next_round)),
     net='proda_resnet101', steps=62_412, often=('warm_up.lr', 'denoise.lr', 'denoise.ema', 'distill.lr', 'distill.threshold'),
-    feed=lambda cfg: Feed(input='imagenet' if cfg.distill.mean_std else 'unit'),
+    feed=lambda cfg: Feed(input=input_of(cfg.distill)),
     fitted=_fitted)

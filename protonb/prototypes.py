@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from .core import InputError, rng_for
+from .feeding import network_input
 from .ops import masked_average_pool
 from .pooling import soft_masks
-from .transforms import normalize
 from .weights import describe, load_weights, read_file, read_meta, save_weights
 
 # %% ../nbs/04_learning/01_prototypes.ipynb #2caba7bd
@@ -116,7 +116,7 @@ def image_prototypes(
 )->tuple:          # (K,C) prototypes of this image, (K,) bool which classes it has
     "Soft-masked average features of one image at full resolution."
     device = next(net.parameters()).device
-    features = net(normalize(image[None].to(device)))
+    features = net(network_input(net, image[None].to(device)))
     masks = soft_masks(label[None].to(device), num_classes, features.shape[-2:])
     proto,_ = masked_average_pool(features, masks, num_classes, eps=eps)
     return proto, pure_enough(masks[0], min_pixels)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'DTYPES', 'class_probabilities', 'labels_and_confidence', 'confidence_bytes', 'kept_from', 'Histogram',
-           'histogram_add', 'histogram_quantile', 'classwise_thresholds', 'histogram_kept', 'Unlabelled', 'Summary',
-           'label_paths', 'read_histogram', 'write_labels', 'HardLabels', 'hard_label', 'coverage', 'soft_path',
-           'write_soft', 'SoftLabels', 'soft_map', 'soft_label']
+           'histogram_add', 'histogram_quantile', 'classwise_thresholds', 'histogram_kept', 'Unlabelled',
+           'PartlyLabelled', 'Summary', 'label_paths', 'read_histogram', 'write_labels', 'HardLabels', 'hard_label',
+           'coverage', 'soft_path', 'write_soft', 'SoftLabels', 'soft_map', 'soft_label']
 
 # %% ../nbs/04_learning/06_pseudo_labels.ipynb #517513bb
 import copy, json, shutil
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 from .core import InputError, atomic_path
-from .datasets import read_label
+from .datasets import read_label, take
 from .evaluation import enlarged_rows
 from .labels import IGNORE, ClassSpace
 from .transforms import resize_image
@@ -210,6 +210,20 @@ class Unlabelled:
     def __getitem__(self, i):
         image = self.dataset[i][0]
         return image, torch.full(tuple(image.shape[1:]), IGNORE)
+
+# %% ../nbs/04_learning/06_pseudo_labels.ipynb #a4da392b
+class PartlyLabelled:
+    "The images of a data set, a few of them with their labels, all others with 255 everywhere; no other label file is opened."
+    def __init__(self,
+        dataset, # Any data set of protonb.datasets, with labels
+        few,     # Positions of the labelled images
+    ):
+        self.all,self.few,self.at = Unlabelled(dataset),take(dataset, few),{int(i): n for n,i in enumerate(few)}
+        self.names,self.space = self.all.names,self.all.space
+
+    def __len__(self): return len(self.all)
+
+    def __getitem__(self, i): return self.few[self.at[i]] if i in self.at else self.all[i]
 
 # %% ../nbs/04_learning/06_pseudo_labels.ipynb #aab942b9
 @dataclass

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DIP_NETWORKS', 'ADAPTABLE', 'NETWORKS', 'METHODS', 'USUAL_SPACES', 'build_net', 'space_to_dict', 'space_from_dict',
-           'Run', 'read_config', 'open_run', 'use_prototypes', 'start_from', 'start_kind', 'stages_of', 'FileOptions',
-           'classes_of', 'released_feed', 'open_file', 'open_any', 'save_scores', 'read_scores', 'Stopped', 'go_on',
-           'device_of', 'ready', 'look_name', 'mark_of', 'score']
+           'Run', 'read_config', 'open_run', 'use_prototypes', 'start_from', 'start_kind', 'FileOptions', 'classes_of',
+           'released_feed', 'open_file', 'open_any', 'save_scores', 'read_scores', 'Stopped', 'go_on', 'device_of',
+           'ready', 'look_name', 'mark_of', 'score']
 
 # %% ../nbs/07_shell/01_runs.ipynb #2bdba535
 import hashlib, inspect, json
@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 import torch
-from . import deeplab, deeplabv2, dip, iapc, pbal, pixda, proda, source_only, wdass
+from . import deeplab, deeplabv2, dip, iapc, joint, mixteacher, pbal, pixda, proda, source_only, wdass
 from .checkpoints import fill_from, fit_of, parts_of, sentence
 from .core import InputError, atomic_path
 from .dip_net import dip_head_version, dip_mobilenetv2, dip_resnet101, dip_small, dip_vgg16
+from .efficientnet import LITE_NETWORKS, imagenet_file
 from .evaluation import Scores, evaluate
 from .feeding import Feed, TestTime, at_test_time, feed_of_old, segmenter
 from .labels import CAMVID, CITYSCAPES, CITYSCAPES13, CITYSCAPES16, ClassSpace
@@ -27,12 +28,14 @@ from .weights import read_file, state_id
 
 # %% ../nbs/07_shell/01_runs.ipynb #f4dc290d
 DIP_NETWORKS = dict(dip_resnet101=dip_resnet101, dip_vgg16=dip_vgg16, dip_mobilenetv2=dip_mobilenetv2, dip_small=dip_small)
+DIP_NETWORKS |= {name: make for name,make in LITE_NETWORKS.items() if name.startswith('dip_')}
 #: These end in a classifier and hand out the features before it when asked
 ADAPTABLE = {f'{family}_{size}': getattr(module, f'{family}_{size}')
              for module,families in ((deeplab, ('iapc', 'pbal', 'proda')), (deeplabv2, ('wdass', 'pixda')))
              for family in families for size in ('resnet101', 'mobilenetv2', 'small')}
+ADAPTABLE |= {name: make for name,make in LITE_NETWORKS.items() if name not in DIP_NETWORKS}
 NETWORKS = DIP_NETWORKS | ADAPTABLE
-METHODS = {m.METHOD.name: m.METHOD for m in (source_only, dip, iapc, pbal, proda, wdass, pixda)}
+METHODS = {m.METHOD.name: m.METHOD for m in (source_only, joint, dip, iapc, pbal, proda, wdass, pixda, mixteacher)}
 
 # %% ../nbs/07_shell/01_runs.ipynb #ru000001
 def options_in(
@@ -53,7 +56,7 @@ def options_in(
 def build_net(
     name:str,          # A key of NETWORKS
     num_classes=None,  # K for a classifier, None for features
-    weights=None,      # What to start from: file of a backbone or a whole network, or folder of another run
+    weights=None,      # What to start from: file of a backbone or a whole network, folder of another run, or 'imagenet' (EfficientNet-Lite)
     seed:int=0,        # Seed of the layers that start from random values
     entry='',          # Where in the file the network is, e.g. 'state_dict_ema'; where it fits when left out
     tell=None,         # Function that takes a sentence about what was loaded, e.g. print
@@ -65,6 +68,7 @@ def build_net(
     seed_everything(seed, 'init')
     options = options or {}
     if weights is None: return NETWORKS[name](num_classes=num_classes, **options)
+    if str(weights) == 'imagenet': weights = imagenet_file(name)
     if Path(weights).is_dir():
         if entry: raise InputError(f'--entry {entry}: {weights} is the folder of a run; entries are for weight files')
         options = options | read_config(weights)[1]['config'].get('options', {})
@@ -179,17 +183,11 @@ def start_kind(
 )->str:             # 'nothing', 'imagenet' (a backbone) or 'trained' (a whole network)
     "How far a start is along, which recipes want to know."
     if weights is None: return 'nothing'
+    if str(weights) == 'imagenet': return 'imagenet'                  # the word, whatever folders there are
     if Path(weights).is_dir(): return 'trained'
     loaded = read_file(weights)
     with torch.device('meta'): net = NETWORKS[name](num_classes=num_classes, **options_in(name, loaded, entry, head=False))
     return 'trained' if fit_of(net, loaded, weights, entry or None).whole else 'imagenet'
-
-# %% ../nbs/07_shell/01_runs.ipynb #5c07ed10
-def stages_of(
-    run_dir,   # Folder of a run
-)->list:       # Names, in the order in which they began
-    "The stages that a run has trained."
-    return list(json.loads((Path(run_dir)/'config.json').read_text()))
 
 # %% ../nbs/07_shell/01_runs.ipynb #ru000003
 USUAL_SPACES = {s.num_classes: s for s in (CITYSCAPES, CITYSCAPES16, CITYSCAPES13, CAMVID)}

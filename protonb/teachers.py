@@ -20,11 +20,11 @@ def update_average(
     average,     # The slow network, changed in place
     net,         # The network that is trained, of the same shape
     decay:float, # m: how much of the average stays
-    statistics=False, # Average the running statistics too, as WDASS does
+    statistics:bool|None=False, # Running statistics: copied (False), averaged as WDASS does (True), or left to the slow network (None)
 ):
-    "Exponential moving average of the parameters; buffers are copied. A handful of launches for any number of tensors."
+    "Exponential moving average of the parameters. A handful of launches for any number of tensors."
     slow,fast = bare(average),bare(net)
-    pairs = list(zip(slow.buffers(), fast.buffers()))
+    pairs = [] if statistics is None else list(zip(slow.buffers(), fast.buffers()))
     mean = [p for p in pairs if statistics and p[0].is_floating_point()]
     copy = [p for p in pairs if not (statistics and p[0].is_floating_point())]
     a,b = zip(*zip(slow.parameters(), fast.parameters()), *mean)

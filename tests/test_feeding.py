@@ -11,7 +11,7 @@ from protonb.deeplab import iapc_small, pbal_small, proda_small
 from protonb.deeplabv2 import pixda_small, wdass_small
 from protonb.dip_net import dip_small
 from protonb.evaluation import argmax_upsampled, evaluate, label_map
-from protonb.feeding import Feed, TestTime, at_test_time, enlarged, feed_of_old, network_input, resized, segmenter, window_places
+from protonb.feeding import Feed, TestTime, at_test_time, enlarged, feed_of_old, network_input, resampled, segmenter, window_places
 from protonb.labels import ClassSpace
 from protonb.ops import prototype_logits
 from protonb.prototypes import Prototypes
@@ -186,11 +186,11 @@ OLD = [('source_only', {}, {}), ('source_only', dict(augment={}, lr=.1), {}), ('
 def test_old_run_folders(stage, hyper, want):
     "By what their settings said: the size of the view, x/255, logits enlarged without aligned corners."
     feed = feed_of_old(stage, json.loads(json.dumps(dict(hyper=hyper, net='any'))))
-    assert feed == Feed(**dict(dict(input='imagenet'), **want)) and Feed.from_dict(json.loads(json.dumps(feed.to_dict()))) == feed
+    assert feed == Feed(**want) and Feed.from_dict(json.loads(json.dumps(feed.to_dict()))) == feed
 
 def test_old_dip_runs():
-    assert feed_of_old('dip', dict(hyper=dict(scale=10.))) == Feed(input='imagenet', scale=10.)
-    assert feed_of_old('source_only', dict(net='dip_small')) == Feed(input='imagenet')
+    assert feed_of_old('dip', dict(hyper=dict(scale=10.))) == Feed(scale=10.)
+    assert feed_of_old('source_only', dict(net='dip_small')) == Feed()
 
 # ranges, modes, types
 
@@ -204,6 +204,7 @@ def test_network_input():
         assert torch.equal(network_input(Says(), x), images.float()/255)
         assert torch.equal(network_input(Wraps(), x), images.float()/255)
         assert torch.equal(network_input(Says(), x, 'imagenet'), normalize(images))
+        assert torch.equal(network_input(Says(), x, 'signed'), images.float()/127.5 - 1)
         assert network_input(Says(), x).dtype == torch.float32
     with pytest.raises(ValueError, match='must be'): network_input(Says(), images[0])
     Says.input_range = 'bytes'
@@ -263,10 +264,10 @@ def test_one_look_is_the_segmenter_itself(made):
 
 def test_resized_is_todays_arithmetic():
     x = photos(37, 53)
-    assert resized(x, (37, 53)) is x
+    assert resampled(x, (37, 53)) is x
     same = F.interpolate(x.float(), (37, 53), mode='bicubic', align_corners=False, antialias=True).clamp(0, 255)
     assert torch.equal(same, x.float())            # so leaving it out changes no bit
-    assert resized(x, (20, 90)).min() >= 0 and resized(x, (20, 90)).max() <= 255
+    assert resampled(x, (20, 90)).min() >= 0 and resampled(x, (20, 90)).max() <= 255
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_images_on_the_cpu_network_on_the_gpu(made):

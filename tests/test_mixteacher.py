@@ -1,0 +1,166 @@
+"""MixTeacher and joint training: each against the plain lines of its equation, every kind of label, and a run that is stopped."""
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from protonb import joint, mixteacher
+from protonb.cli import parse
+from protonb.deeplab import iapc_small
+from protonb.labels import IGNORE
+from protonb.methods import Job, train
+from protonb.mixing import mix_masks
+from protonb.options import open_target
+from protonb.pseudo_labels import PartlyLabelled, Unlabelled
+from protonb.streets import REAL, SYNTHETIC, Streets
+from protonb.teachers import average_of
+from protonb.training import Train
+from protonb.transforms import normalize
+from protonb.weak_labels import WeakLabels
+from protonb.windows import Window
+
+EYES = Window(low=.8, high=1.3, crop_height=49, crop_width=97, flip_p=.5, pad=True)
+GAMES, PHOTOS = Streets(SYNTHETIC, 6, size=(65, 129)), Streets(REAL, 6, size=(65, 129), seed=1)
+
+
+def plain_cross_entropy(z, y):
+    z = F.interpolate(z, y.shape[1:], mode="bilinear", align_corners=True)
+    return F.cross_entropy(z, y, ignore_index=IGNORE, reduction="none")
+
+
+def grads(net): return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+
+
+def close(a, b): assert (a-b).abs().max() <= 1e-5*b.abs().max(), ((a-b).abs().max()/b.abs().max()).item()
+
+
+def nets(seed=0):
+    torch.manual_seed(seed)
+    return iapc_small().train()
+
+
+def test_joint_step_is_its_equation():
+    net, plain = (nets() for _ in range(2))
+    source, target = ((torch.stack([d[i][0] for i in (0, 1)]), torch.stack([d[i][1] for i in (0, 1)])) for d in (GAMES, PHOTOS))
+    target[1][:, 3:] = IGNORE                                               # three rows of labels, a mean of their own
+    opt = torch.optim.SGD(net.parameters(), lr=0.)
+    log = joint.step(net, opt, torch.optim.lr_scheduler.ConstantLR(opt), dict(source=source, target=target), weight=.5)
+    total = 0
+    for (x, y), w in ((source, 1.), (target, .5)): total += w*plain_cross_entropy(plain(normalize(x)), y).sum()/(y != IGNORE).sum()
+    total.backward()
+    close(grads(net), grads(plain))
+    assert abs(log["source"] + .5*log["target"] - total) < 1e-4
+
+
+def test_a_target_without_a_labelled_pixel_adds_nothing():
+    net, x, y = nets(), GAMES[0][0][None], GAMES[0][1][None]
+    opt = torch.optim.SGD(net.parameters(), lr=0.)
+    log = joint.step(net, opt, torch.optim.lr_scheduler.ConstantLR(opt), dict(source=(x, y), target=(x, y*0+IGNORE)))
+    assert log["target"] == 0 and grads(net).isfinite().all()
+
+
+def test_teacher_labels_pixel_by_pixel():
+    torch.manual_seed(0)
+    z, y = 5*torch.randn(2, 5, 3, 4), torch.randint(0, 5, (2, 3, 4)).where(torch.rand(2, 3, 4) < .2, torch.tensor(IGNORE))
+    tags = torch.tensor([[True, False, True, True, False], [False]*5])      # of the second image nothing is said
+    ids, w = mixteacher.teacher_labels(lambda images: z, torch.zeros(2, 3, 3, 4), y, tags, tau=.8)
+    for b in range(2):
+        p = z[b].softmax(0) if b else z[b][[0, 2, 3]].softmax(0)
+        share = (p.amax(0) >= .8).float().mean()
+        for i in range(3):
+            for j in range(4):
+                if y[b, i, j] != IGNORE: assert (ids[b, i, j], w[b, i, j]) == (y[b, i, j], 1)
+                else:
+                    assert w[b, i, j] == share and ids[b, i, j] == (p[:, i, j].argmax() if b else torch.tensor([0, 2, 3])[p[:, i, j].argmax()])
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["nothing known", "a part known"])
+def test_mixteacher_step_is_its_equation(known):
+    student, teacher = nets(), average_of(nets(1))
+    plain, slow = deepcopy(student), deepcopy(teacher)
+    cfg = mixteacher.MixTeacher(colour=0., tau=.3, mix=.7, weight=.5)
+    (x, y), (x_t, y_t) = ((torch.stack([d[i][0] for i in (0, 1)]), torch.stack([d[i][1] for i in (0, 1)])) for d in (GAMES, PHOTOS))
+    y_t = y_t.clone()
+    y_t[:, 10 if known else 0:] = IGNORE
+    opt = torch.optim.SGD(student.parameters(), lr=0.)
+    log = mixteacher.step(student, teacher, opt, torch.optim.lr_scheduler.ConstantLR(opt, 1.), dict(source=(x, y), target=(x_t, y_t)), cfg)
+    rng = mixteacher.rng_for(0, "mixteacher", 0)
+    mask = mix_masks(y, torch.Generator().manual_seed(int(rng.integers(2**62))))
+    with torch.no_grad(): p, ids = F.interpolate(slow(normalize(x_t)), y.shape[1:], mode="bilinear", align_corners=True).softmax(1).max(1)
+    w = (p >= .3).float().mean((1, 2), keepdim=True).expand_as(p)
+    ids, w = ids.where(y_t == IGNORE, y_t), w.where(y_t == IGNORE, torch.tensor(1.))
+    m_x, m_y, m_w = torch.where(mask[:, None], x, x_t), torch.where(mask, y, ids), torch.where(mask, torch.tensor(1.), w)
+    each = plain_cross_entropy(plain(normalize(x)), y)
+    total = each.sum()/(y != IGNORE).sum()
+    z = plain(normalize(m_x))
+    total = total + .7*(m_w*plain_cross_entropy(z, m_y)).sum()/(m_y != IGNORE).sum()
+    there = torch.where(mask, IGNORE, y_t)
+    total = total + .5*plain_cross_entropy(z, there).sum()/(there != IGNORE).sum().clamp(min=1)
+    total.backward()
+    close(grads(student), grads(plain))
+    assert (log["known"] > 0) == known
+
+
+def test_the_teacher_keeps_statistics_of_its_own():
+    """Its batch norms hear of target images alone; its weights follow."""
+    student, teacher = nets(), average_of(nets(1))
+    batch = {k: (torch.stack([d[0][0]]), torch.stack([d[0][1]])) for k, d in (("source", GAMES), ("target", Unlabelled(PHOTOS)))}
+    slow = deepcopy(teacher)
+    opt = torch.optim.SGD(student.parameters(), lr=.1)
+    mixteacher.step(student, teacher, opt, torch.optim.lr_scheduler.ConstantLR(opt), batch, mixteacher.MixTeacher())
+    slow(normalize(batch["target"][0]))
+    for a, b in zip(teacher.buffers(), slow.buffers()): assert torch.equal(a, b)
+
+
+DATA = ["--source", "streets:synthetic,count=6,size=65x129", "--target", "streets:real,count=6,size=65x129", "--net", "iapc_small", "--out", "x"]
+KINDS = dict(none=[], image=["--weak", "fine"], point=["--weak", "fine"], coarse=["--weak", "fine"], few=["--few", "drawn", "--shots", "2"], full=[])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_label_is_opened(kind):
+    o = parse(["train", "mixteacher", *DATA, "--labels", kind, *KINDS[kind]])
+    target = open_target(mixteacher.METHOD, o, GAMES.space)
+    seen = [(y != IGNORE).float().mean().item() for _, y in (target[i] for i in range(6))]
+    if kind == "none": assert max(seen) == 0
+    elif kind == "few": assert sum(s > .5 for s in seen) == len(target.few) == 2 and sum(s == 0 for s in seen) == 4
+    elif kind == "full": assert min(seen) > .5
+    elif kind == "point": assert 0 < max(seen) < .01
+    else: assert .1 < max(seen) <= 1
+
+
+def test_the_labels_of_others_stay_shut():
+    class Sealed:
+        names, space = PHOTOS.names, PHOTOS.space
+        label_paths = None
+        def __len__(self): return 6
+        def __getitem__(self, i): return PHOTOS[i][0], PHOTOS[i][1] if i == 4 else None      # a label that is used would be None
+    part = PartlyLabelled(Sealed(), [4])
+    assert [(part[i][1] != IGNORE).any().item() for i in range(6)] == [i == 4 for i in range(6)]
+
+
+@pytest.mark.parametrize("m, target", [(mixteacher.METHOD, Unlabelled(PHOTOS)), (mixteacher.METHOD, PartlyLabelled(PHOTOS, [0, 2])),
+                                       (mixteacher.METHOD, WeakLabels(PHOTOS, "image", seed=0)), (joint.METHOD, PHOTOS)],
+                         ids=["none", "few", "tags", "joint"])
+def test_a_stopped_run_goes_on_bit_for_bit(m, target, tmp_path):
+    kind = {PartlyLabelled: "few", WeakLabels: "image", Unlabelled: "none"}.get(type(target), "full")
+    cfg = replace(m.settings(labels=kind), lr=1e-3, warm=1, length=6, rare=.1, window=EYES)
+
+    def run(folder, stop=None):
+        job = Job(m, cfg, Train(steps=4, batch_size=2, checkpoint_every=2, device="cpu"), tmp_path/folder, nets(), GAMES, target, progress=False)
+        if stop is None: return train(job)["net"]
+        real, count = m.stages[0][1].__globals__["step"], [0]
+
+        def step(*args, **kw):
+            count[0] += 1
+            if count[0] > stop: raise KeyboardInterrupt
+            return real(*args, **kw)
+        m.stages[0][1].__globals__["step"] = step
+        try:
+            with pytest.raises(KeyboardInterrupt): train(job)
+        finally: m.stages[0][1].__globals__["step"] = real
+    run("stopped", 3)
+    whole, again = run("whole"), run("stopped")
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
+    assert any(not torch.equal(a, b) for a, b in zip(whole.parameters(), nets().parameters()))
