@@ -9,6 +9,7 @@ __all__ = ['EXAMPLE', 'COMMANDS', 'Command', 'EXAMPLES', 'open_job', 'announce',
 
 # %% ../nbs/07_shell/02_cli.ipynb #e918f1b7
 import contextlib, io, re, sys
+from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, Union
@@ -20,15 +21,15 @@ from . import methods
 from .core import InputError
 from .datasets import open_dataset, take
 from .dip import mark_raw, released
-from .evaluation import compare_table
-from .evaluation import predict as predict_files
+from .evaluation import FORMATS, KINDS, compare_table, output_paths, predict_files, stamp_of
 from .feeding import TestTime
+from .files import PICTURES, files_below
 from .options import choose_support, open_target, options_of, probe, short_options, situation_of, space_named
 from .pages import Demo, demo, make_report
 from .prototypes import class_prototypes, save_prototypes
 from .recipes import choice_table, never_heard
-from .runs import (ADAPTABLE, METHODS, Stopped, build_net, device_of, go_on, look_name, open_run, read_config, read_scores, ready,
-                          score, space_to_dict)
+from .runs import (ADAPTABLE, METHODS, FileOptions, Stopped, build_net, device_of, go_on, look_name, mark_of, open_any, open_run,
+                          read_config, read_scores, ready, score, space_to_dict)
 from .training import Train, accelerator_for, latest_checkpoint, versions
 
 # %% ../nbs/07_shell/02_cli.ipynb #4aa7dc74
@@ -47,7 +48,7 @@ def _follow(o, source):
 
 def _about(o, m, target):
     "What config.json is to say of the data."
-    told = {k: str(getattr(o, k)) for k in ('source', 'start', 'target', 'weights') if getattr(o, k, None) is not None}
+    told = {k: str(getattr(o, k)) for k in ('source', 'start', 'target', 'weights', 'entry') if getattr(o, k, None) not in (None, '')}
     few = getattr(target, 'few', target if m.target in ('few', 'support') else None)
     if few is not None:
         print(f'{len(few)} labelled target images')
@@ -64,11 +65,11 @@ def _start(o, m):
         if o.source.startswith('synthia:') and 'lane_is_road=' not in o.source and m.name in _NO_LANES: o.source += ',lane_is_road=false'
         source = probe(open_dataset(o.source, 'train', _space(o, m)), role=f'--source {o.source}')
         K = None if m.networks == 'features' else source.space.num_classes
-        return source, source.space, o.net, lambda weights: build_net(o.net, K, weights, o.train.seed)
-    first = open_run(o.start)
+        return source, source.space, o.net, lambda weights, entry='', *more: build_net(o.net, K, weights, o.train.seed, entry, *more)
+    first = open_any(o.start, FileOptions(o.net, entry=o.entry), space_said(o.classes))
     if (name := first.config['net']) not in ADAPTABLE:
         raise InputError(f'{o.start}: its network is {name}; {m.name.upper()} needs one of {", ".join(ADAPTABLE)}')
-    return None, first.space, name, lambda weights: first.net
+    return None, first.space, name, lambda *_: first.net
 
 # %% ../nbs/07_shell/02_cli.ipynb #9d8bc254
 def open_job(
@@ -79,10 +80,13 @@ def open_job(
     source,space,name,make = _start(o, m)
     _follow(o, source)
     target,val = open_target(m, o, space),probe(open_dataset(o.val, 'val', space), role=f'--val {o.val}') if o.val else None
-    about = dict(net=name, space=space_to_dict(space), **_about(o, m, target))
     weights,begin = getattr(o, 'weights', None),getattr(o, 'begin', 'published').replace('published', '')
-    fresh = lambda: make(getattr(o, 'fresh', None) or weights)
-    job = methods.Job(m, o.hyper, o.train, o.out, make(weights), source, target, fresh, about, dict(getattr(o, 'stage_steps', ())), begin)
+    entry = getattr(o, 'entry', '')
+    net = make(weights, entry, print)
+    options = dict(bn_clr=True) if hasattr(net, 'bn_pretrain') else {}     # ProDA's students, where the start has it
+    about = dict(net=name, space=space_to_dict(space), **(dict(options=options) if options else {}), **_about(o, m, target))
+    fresh = lambda: make(o.fresh, '', None, options) if getattr(o, 'fresh', None) else make(weights, entry)
+    job = methods.Job(m, o.hyper, o.train, o.out, net, source, target, fresh, about, dict(getattr(o, 'stage_steps', ())), begin)
     return job, val
 
 # %% ../nbs/07_shell/02_cli.ipynb #3a210871
@@ -205,68 +209,113 @@ def make_prototypes(o:MakePrototypes):
 @dataclass
 class Eval:
     "Score a run on labelled images, at the labels' full resolution."
-    run:Positional[Path]   # Run folder
+    run:Positional[Path]   # Run folder, or a bare weight file with --net
     data:str               # Labelled images, kind:path
     split:str = 'val'      # Split of the data set
     look:OmitArgPrefixes[TestTime] = TestTime()     # Windows, sizes, mirror images
+    file:OmitArgPrefixes[FileOptions] = field(default_factory=FileOptions)     # What a bare weight file does not say
     device:Literal['auto', 'cpu', 'cuda'] = 'auto'  # Where to compute
 
+# %% ../nbs/07_shell/02_cli.ipynb #cl000001
+def space_said(
+    words:str,  # Name of a class space, or kind:path
+):              # ClassSpace, or None for ''
+    "The classes that were named, or those of a data set."
+    return open_dataset(words, 'train', labelled=False).space if ':' in words else space_named(words)
+
+def open_with(o, path, data=''):
+    "The run or weight file of a command."
+    if not path.exists(): raise InputError(f'{path}: no such run folder or weight file')
+    if path.is_file() and not o.file.net: raise InputError(f'{path}: a bare weight file; say its network by --net')
+    named,guess = (None, None) if path.is_dir() else (space_said(o.file.classes), space_said(data))
+    return open_any(path, o.file, named, accelerator_for(Train(device=o.device)).device, guess)
+
+# %% ../nbs/07_shell/02_cli.ipynb #cl000002
 def eval_run(o:Eval):
     "protonb eval"
-    run = open_run(o.run, accelerator_for(Train(device=o.device)).device)
+    run = open_with(o, o.run, o.data)
     score(run, open_dataset(o.data, o.split, run.space), f'{o.data} {o.split}', o.look)
     return 0
 
 # %% ../nbs/07_shell/02_cli.ipynb #eb4f28ef
 @dataclass
 class Predict:
-    "Label images: writes NAME_trainIds.png, NAME_color.png and NAME_overlay.png for each."
-    run:Positional[Path]     # Run folder
-    images:Positional[Path]  # An image, or a folder that is searched for .png and .jpg
-    out:Path                 # Folder for the results; finished images are not done again
+    "Label images: writes NAME_trainIds.png, NAME_color.png and NAME_overlay.png for each, or what --format names."
+    run:Positional[Path]     # Run folder, or a bare weight file with --net
+    images:Positional[Path]  # An image, or a folder that is searched for images, those below it included
+    out:Path                 # Folder for the results; what this very network wrote there with these options is not done again
+    format:tuple[Literal[FORMATS], ...] = KINDS     # What to write; labelIds are Cityscapes' own numbers, confidence is 0..255
     overwrite:bool = False   # Do finished images again
+    at_once:int = 0          # Images of one size that are segmented together; 0: one on a CPU, eight on a GPU, fewer where memory is short
     look:OmitArgPrefixes[TestTime] = TestTime()     # Windows, sizes, mirror images
+    file:OmitArgPrefixes[FileOptions] = field(default_factory=FileOptions)     # What a bare weight file does not say
     device:Literal['auto', 'cpu', 'cuda'] = 'auto'  # Where to compute
 
-def find_images(root):
-    "(name, path) of the images at or below a path, in sorted order."
+# %% ../nbs/07_shell/02_cli.ipynb #cl000003
+def find_images(
+    root,      # An image, or a folder
+    out=None,  # Where predictions go: what stands there from before is no image
+)->list:       # (name, path), sorted by path
+    "The images at or below a path; hidden files and earlier predictions are left out, and no two have one name."
     root = Path(root)
     if not root.exists(): raise InputError(f'{root}: no such image or folder')
     if root.is_file(): return [(root.stem, root)]
-    paths = sorted(p for p in root.rglob('*') if p.suffix.lower() in ('.png', '.jpg', '.jpeg'))
-    if not paths: raise InputError(f'{root}: no image found; expected files ending in .png, .jpg or .jpeg')
-    return [(str(p.relative_to(root).with_suffix('')), p) for p in paths]
+    paths = [p for p in files_below(root, 'images') if p.suffix.lower() in PICTURES and not is_prediction(p, root, out)]
+    if not paths: raise InputError(f'{root}: no image found; expected files ending in {", ".join(PICTURES)}')
+    names = [p.relative_to(root).with_suffix('').as_posix() for p in paths]
+    while len(set(names)) < len(names):     # a.jpg and a.png keep their endings; so does an a.jpg.png, whose name they would take
+        twice = {n for n,k in Counter(names).items() if k > 1}
+        names = [p.relative_to(root).as_posix() if n in twice else n for n,p in zip(names, paths)]
+    return list(zip(names, paths))
 
+# %% ../nbs/07_shell/02_cli.ipynb #cl000004
+def is_prediction(path, root, out):
+    "Whether a file is a prediction: by its stamp or, in a folder of predictions below the images, by its name."
+    if path.suffix != '.png' or not path.stem.endswith(tuple(f'_{kind}' for kind in FORMATS)): return False
+    out = Path(out).resolve() if out is not None else None
+    return bool(stamp_of(path)) or out is not None and root.resolve() in out.parents and out in path.resolve().parents
+
+# %% ../nbs/07_shell/02_cli.ipynb #cl000005
 def predict(o:Predict):
     "protonb predict"
-    items,run = find_images(o.images),open_run(o.run, accelerator_for(Train(device=o.device)).device)
-    done = predict_files(ready(run, o.look), items, o.out, run.space, overwrite=o.overwrite, device=device_of(run))
+    if not o.format or o.at_once < 0: raise InputError('predict: expected at least one --format, and --at-once from 0')
+    items,run = find_images(o.images, o.out),open_with(o, o.run)
+    mine,device,bad = {p.resolve() for _,p in items},device_of(run),[]
+    for name,_ in items:
+        for p in output_paths(o.out, name, o.format).values():
+            if p.resolve() in mine: raise InputError(f'{p}: is one of the images, and would be overwritten; give another --out')
+    done = predict_files(ready(run, o.look), items, o.out, run.space, overwrite=o.overwrite, device=device, formats=o.format,
+                         mark=mark_of(run, o.look), at_once=o.at_once or (8 if device.type == 'cuda' else 1), damaged=bad)
     print(f'{o.out}: {done["written"]} images written, {done["skipped"]} were there')
-    return 0
+    if len(bad) > 1: bad.insert(0, f'{len(bad)} of {len(items)} images left out:')
+    if bad: print('protonb: ' + '\n'.join(bad), file=sys.stderr)
+    return 2 if bad else 0
 
 # %% ../nbs/07_shell/02_cli.ipynb #bec2da1a
 @dataclass
 class Report:
     "One self-contained page about one or more runs: scores, pictures, curves, prototypes, settings."
-    runs:Positional[tuple[Path, ...]]  # Run folders, the baseline first
+    runs:Positional[tuple[Path, ...]]  # Run folders or, with --net, bare weight files; the baseline first
     data:str                     # Labelled images for scores and pictures, kind:path
     split:str = 'val'            # Split of the data set
     out:Path|None = None         # HTML file; report.html in the last run folder when left out
     images:int = 4               # Rows of pictures
     look:OmitArgPrefixes[TestTime] = TestTime()     # Windows, sizes, mirror images
+    file:OmitArgPrefixes[FileOptions] = field(default_factory=FileOptions)     # What a bare weight file does not say
     device:Literal['auto', 'cpu', 'cuda'] = 'auto'  # Where to compute
 
 # %% ../nbs/07_shell/02_cli.ipynb #ec507e2c
 def report(o:Report):
     "protonb report"
     if not o.runs: raise InputError('report: give at least one run folder')
-    device = accelerator_for(Train(device=o.device)).device
-    runs = {r.dir.name: r for r in (open_run(p, device) for p in o.runs) if ready(r)}
+    runs = {r.dir.name: r for r in (open_with(o, p, o.data) for p in o.runs) if ready(r)}
     data = open_dataset(o.data, o.split, next(iter(runs.values())).space)
     name = f'{o.data} {o.split}'
-    scores = {t: read_scores(r.dir).get(name + look_name(o.look)) or score(r, data, name, o.look) for t,r in runs.items()}
+    known = {t: read_scores(r.dir, r).get(name + look_name(o.look)) for t,r in runs.items() if r.dir.is_dir()}
+    scores = {t: known.get(t) or score(r, data, name, o.look) for t,r in runs.items()}
     print(compare_table(scores))
-    make_report(o.out or o.runs[-1]/'report.html', runs, scores, data,
+    last = o.runs[-1]
+    make_report(o.out or (last/'report.html' if last.is_dir() else last.with_suffix('.html')), runs, scores, data,
                 title=', '.join(runs), summary=f'{name}, {len(data)} images', images=o.images, look=o.look,
                 commands=[f'protonb report {" ".join(map(str, o.runs))} --data {o.data}'])
     return 0
@@ -289,7 +338,10 @@ def info(o:Info):
     print(f'effective batch {meta["effective_batch"]}, seed {meta["train"]["seed"]}')
     print(', '.join(f'{k} {v}' for k,v in meta['versions'].items()))
     if run.prototypes: print(f'prototypes: {int(run.prototypes.valid.sum())} classes, {run.prototypes.meta["k"]} images per class at most')
-    for name,s in read_scores(o.run).items(): print(f'{name}: mIoU ' + ', '.join(f'{100*v:.1f} over {t}' for t,v in s.subset_mious.items()))
+    own = read_scores(o.run, run)
+    for name,s in read_scores(o.run).items():
+        means = ', '.join(f'{100*v:.1f} over {t}' for t,v in s.subset_mious.items())
+        print(f'{name}: mIoU {means}' + ('' if name in own else ' (of other weights)'))
     return 0
 
 # %% ../nbs/07_shell/02_cli.ipynb #145295a0
@@ -307,7 +359,8 @@ examples:
   protonb train pbal --source gta5:/data/GTA5 --target cityscapes:/data/cityscapes --out runs/pbal --weights resnet101.pth
   protonb train wdass --help
   protonb eval runs/pbal --data cityscapes:/data/cityscapes --flip
-  protonb predict runs/pbal photos/ --out predictions
+  protonb predict runs/pbal photos/ --out predictions --format labelIds confidence
+  protonb eval released.pkl --net proda_resnet101 --data cityscapes:/data/cityscapes
   protonb report runs/source runs/pbal --data cityscapes:/data/cityscapes
 
 data sets:

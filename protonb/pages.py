@@ -21,7 +21,7 @@ from .report import write_report
 from .runs import METHODS, build_net, device_of, go_on, open_run, read_config, ready, save_scores, space_to_dict, start_from
 from .source_only import SourceOnly
 from .streets import REAL, SYNTHETIC, Streets
-from .training import Train, read_metrics
+from .training import Train, accelerator_for, read_metrics, versions
 from .transforms import Augment
 
 # %% ../nbs/07_shell/01b_pages.ipynb #16adf67a
@@ -41,6 +41,14 @@ def sampled_features(
         feats.append(f.flatten(1).T.cpu()[keep])
         ids.append(y[keep])
     return torch.cat(feats),torch.cat(ids)
+
+# %% ../nbs/07_shell/01b_pages.ipynb #pg000001
+def versions_of(
+    runs:dict,  # Title -> opened Run
+)->dict:
+    "What the first run folder was made with; a bare file does not say, so what is here now."
+    folder = next((r.dir for r in runs.values() if r.dir.is_dir()), None)
+    return read_config(folder)[1]['versions'] if folder else versions(accelerator_for(Train()))
 
 # %% ../nbs/07_shell/01b_pages.ipynb #c133ba73
 def make_report(
@@ -62,10 +70,11 @@ def make_report(
     panels = [(data.names[i], *data[i], {t: seen(r, data[i][0]) for t,r in runs.items()}) for i in at]
     proto = next((r for r in runs.values() if r.prototypes is not None), None)
     feats = {n: sampled_features(proto, d) for n,d in (('source', source), ('target', data)) if d is not None} if proto else None
-    curves = {t: {k: v for k,v in read_metrics(r.dir).items() if 'loss' in k or k in ('query', 'support')} for t,r in runs.items()}
+    curves = {t: {k: v for k,v in read_metrics(r.dir).items() if 'loss' in k or k in ('query', 'support')}
+              for t,r in runs.items() if r.dir.is_dir()}
     write_report(path, title=title, summary=summary, scores=scores, panels=panels, curves=curves, features=feats,
                  prototypes=proto.prototypes.matrix if proto else None, config={t: r.config for t,r in runs.items()},
-                 commands=list(commands), versions=read_config(next(iter(runs.values())).dir)[1]['versions'], space=data.space)
+                 commands=list(commands), versions=versions_of(runs), space=data.space)
     print(f'report: {path}')
 
 # %% ../nbs/07_shell/01b_pages.ipynb #a5aefeb9
@@ -133,7 +142,7 @@ def demo(o:Demo):
         folders = demo_runs(o, seed, data)
         runs = {t: open_run(f) for t,f in folders.items()}
         scores = {t: evaluate(r.segment, data['val'], progress=False) for t,r in runs.items()}
-        for t,r in runs.items(): save_scores(r.dir, 'streets:real val', scores[t])
+        for t,r in runs.items(): save_scores(r.dir, 'streets:real val', scores[t], r)
         table.append({t: 100*s.miou for t,s in scores.items()})
         if seed == 0: first = runs,scores
     print('\n' + compare_table(first[1]))

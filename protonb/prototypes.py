@@ -18,7 +18,7 @@ from .core import InputError, rng_for
 from .feeding import network_input
 from .ops import masked_average_pool
 from .pooling import soft_masks
-from .weights import load_weights, read_meta, save_weights
+from .weights import describe, load_weights, read_file, read_meta, save_weights
 
 # %% ../nbs/04_learning/01_prototypes.ipynb #2caba7bd
 def grid_size(
@@ -176,9 +176,8 @@ def bare_prototypes(
     space,  # ClassSpace of its rows
 )->Prototypes:
     "Prototypes from the released format; a row of zeros or NaN is a class without an image."
-    try: m = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise InputError(f'{path}: not a prototype file ({type(e).__name__})') from e
-    if not isinstance(m, Tensor) or m.dim() != 2: raise InputError(f'{path}: expected one tensor (K,C)')
+    m = read_file(path)
+    if not isinstance(m, Tensor) or m.dim() != 2: raise InputError(f'{path}: holds {describe(m)}, but a prototype file is one tensor (K,C)')
     m = m.float().nan_to_num(0.)
     names = tuple(space.classes) if space else tuple(map(str, range(len(m))))
     if len(names) != len(m): raise InputError(f'{path}: has {len(m)} rows, but {space.name} has {len(names)} classes')

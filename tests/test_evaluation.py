@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from PIL import Image
 from protonb.core import InputError
 from protonb.evaluation import (Scores, argmax_upsampled, compare_table, confusion_matrix, evaluate, iou, label_map, output_paths, palette_png,
-                                predict)
+                                predict_files)
 from protonb.labels import CAMVID, CITYSCAPES, CITYSCAPES13, IGNORE, ClassSpace, colorize
 
 DATA = Path(__file__).parents[2]/'shared'/'data'
@@ -265,7 +265,7 @@ def test_accelerator_alone():
 def items(n=3): return [(Scenes.names[i], Scenes()[i][0]) for i in range(n)]
 
 def test_predict_files(tmp_path):
-    assert predict(by_colour, items(), tmp_path, CITYSCAPES, progress=False) == dict(written=3, skipped=0)
+    assert predict_files(by_colour, items(), tmp_path, CITYSCAPES, progress=False) == dict(written=3, skipped=0)
     image, label = Scenes()[0]
     paths = output_paths(tmp_path, 'ulm/0')
     raw, col, over = (Image.open(paths[k]) for k in ('trainIds', 'color', 'overlay'))
@@ -285,10 +285,10 @@ def test_predict_resumes(tmp_path):
     def counting(x):
         calls.append(1)
         return by_colour(x)
-    predict(counting, items(), tmp_path, CITYSCAPES, progress=False)
+    predict_files(counting, items(), tmp_path, CITYSCAPES, progress=False)
     output_paths(tmp_path, 'ulm/1')['overlay'].unlink()
-    assert predict(counting, items(), tmp_path, CITYSCAPES, progress=False) == dict(written=1, skipped=2) and len(calls) == 4
-    assert predict(counting, items(), tmp_path, CITYSCAPES, overwrite=True, progress=False) == dict(written=3, skipped=0)
+    assert predict_files(counting, items(), tmp_path, CITYSCAPES, progress=False) == dict(written=1, skipped=2) and len(calls) == 4
+    assert predict_files(counting, items(), tmp_path, CITYSCAPES, overwrite=True, progress=False) == dict(written=3, skipped=0)
 
 def test_predict_reads_files_and_names_the_broken_one(tmp_path):
     whole, cut = tmp_path/'a.png', tmp_path/'b.png'
@@ -296,19 +296,19 @@ def test_predict_reads_files_and_names_the_broken_one(tmp_path):
     cut.write_bytes(whole.read_bytes()[:200])
     out = tmp_path/'out'
     with pytest.raises(InputError, match=r'b\.png: is damaged or no picture'):
-        predict(by_colour, [('a', whole), ('b', cut)], out, CITYSCAPES, progress=False)
+        predict_files(by_colour, [('a', whole), ('b', cut)], out, CITYSCAPES, progress=False)
     assert sorted(p.name for p in out.rglob('*')) == ['a_color.png', 'a_overlay.png', 'a_trainIds.png']
     for bad in (tmp_path/'none.png', tmp_path, Path(__file__)):
-        with pytest.raises(InputError, match=bad.name): predict(by_colour, [('x', bad)], out, CITYSCAPES, progress=False)
-    with pytest.raises(InputError, match='x: got float64'): predict(by_colour, [('x', np.zeros((4, 4, 3)))], out, CITYSCAPES, progress=False)
+        with pytest.raises(InputError, match=bad.name): predict_files(by_colour, [('x', bad)], out, CITYSCAPES, progress=False)
+    with pytest.raises(InputError, match='x: got float64'): predict_files(by_colour, [('x', np.zeros((4, 4, 3)))], out, CITYSCAPES, progress=False)
 
 def test_grey_image_is_read(tmp_path):
     Image.new('L', (8, 6), 70).save(tmp_path/'g.png')
-    assert predict(by_colour, [('g', tmp_path/'g.png')], tmp_path/'o', CITYSCAPES, progress=False)['written'] == 1
+    assert predict_files(by_colour, [('g', tmp_path/'g.png')], tmp_path/'o', CITYSCAPES, progress=False)['written'] == 1
 
 def test_folder_that_cannot_be_written(tmp_path):
     (tmp_path/'file').write_text('in the way')
-    with pytest.raises(InputError, match='cannot'): predict(by_colour, items(1), tmp_path/'file', CITYSCAPES, progress=False)
+    with pytest.raises(InputError, match='cannot'): predict_files(by_colour, items(1), tmp_path/'file', CITYSCAPES, progress=False)
 
 @pytest.mark.parametrize('name', ['../x', '/etc/x', 'a/../../x', ''])
 def test_names_stay_inside(tmp_path, name):
