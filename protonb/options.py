@@ -12,6 +12,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_da
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal, get_args
+import numpy as np
 from tyro.conf import OmitArgPrefixes, arg
 from .core import InputError
 from .datasets import open_dataset, require_labels, take
@@ -94,8 +95,17 @@ def _weak(o, space):
     if o.data.weak == 'files' and kind == 'cityscapes':
         return cityscapes_weak(os.path.expanduser(path), labels, space=space, points=o.data.points)
     data = open_dataset(o.target, 'train', space)
-    return data if o.data.weak == 'files' else WeakLabels(data, labels, o.train.seed)
+    return _as_weak(data, labels) if o.data.weak == 'files' else WeakLabels(data, labels, o.train.seed)
 
+def _as_weak(data, kind):
+    "Files that are weak labels already; it is said when they look like full ones."
+    most = dict(point=.02, coarse=.8).get(kind, 1.)
+    share = np.mean([(data[i][1] != IGNORE).float().mean().item() for i in range(0, len(data), max(1, len(data)//4))])
+    note = f'note: {share:.0%} of the pixels have a label, much for {kind} labels; --weak fine makes weak ones of full ones'
+    if share > most: print(note)
+    return data
+
+# %% ../nbs/07_shell/01a_options.ipynb #63d8d0d2
 def _few(o, space):
     data,few = open_dataset(o.target, 'train', space),o.data.few
     if o.data.shots < 1: raise InputError(f'--shots is {o.data.shots}, expected at least 1 image per city')

@@ -164,3 +164,13 @@ def test_a_stopped_run_goes_on_bit_for_bit(m, target, tmp_path):
     whole, again = run("whole"), run("stopped")
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
     assert any(not torch.equal(a, b) for a, b in zip(whole.parameters(), nets().parameters()))
+
+
+@pytest.mark.parametrize("kind, told", [("coarse", True), ("point", True), ("image", False)])
+def test_full_labels_that_are_taken_for_weak_ones_are_mentioned(kind, told, capsys):
+    o = parse(["train", "wdass", *[w.replace("iapc_small", "wdass_small") for w in DATA], "--labels", kind])
+    open_target(o.method, o, GAMES.space)
+    assert ("note: 100% of the pixels have a label" in capsys.readouterr().out) == told
+    o = parse(["train", "wdass", *[w.replace("iapc_small", "wdass_small") for w in DATA], "--labels", kind, "--weak", "fine"])
+    open_target(o.method, o, GAMES.space)
+    assert "note" not in capsys.readouterr().out
