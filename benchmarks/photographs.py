@@ -4,14 +4,14 @@
 
 DATA holds carla/, camvid/ and weights/. The protocol is that of benchmarks/streets.py: one start a seed, the same number of steps for everything, the fitted recipes, finished stages are kept and stopped
 ones go on. Labelled photographs are drawn from each of CamVid's three training sequences. With `--tuning` the last fifth of each training sequence is kept back and scored on instead of the validation
-images, and nothing is written.
+images, and what was tried goes to tuning.csv.
 """
 from pathlib import Path
 
 from protonb.datasets import open_dataset, take
 from protonb.few_shot import city_of
 from protonb.labels import CAMVID
-from streets import Bench, Setup, fill, options, table
+from streets import Bench, Setup, fill, options, table, tries_of
 
 RESULTS = Path(__file__).resolve().parent/'photographs.csv'
 H, W = 270, 360
@@ -43,9 +43,9 @@ def main():
     p.add_argument('--start', type=int, default=400, help='steps of the start')
     args = p.parse_args()
     data, file = images(args.data, args.tuning), WEIGHTS.get(args.net.split('_', 1)[1])
-    setup = Setup(args.net, H, W, CAMVID, args.start, args.steps, 4, len(data['target']), str(args.data/file) if file else 'imagenet', city_of)
-    path, command = None if args.no_write or args.tuning else RESULTS, f'python benchmarks/photographs.py DATA --net {args.net}'
-    table([row for seed in args.seeds for row in fill(Bench(args.out/args.net, seed, data, setup), args.only, command, path)])
+    setup = Setup(args.net, H, W, CAMVID, args.start, args.steps, 4, len(data['target']), str(args.data/file) if file else 'imagenet', city_of, tries_of(args))
+    path, command = None if args.no_write or args.tuning else RESULTS, f'python benchmarks/photographs.py DATA --net {args.net}' + ' --tuning'*args.tuning
+    table([row for seed in args.seeds for row in fill(Bench(args.out/args.net, seed, data, setup, args.kinds), args.only, command, path)])
 
 
 if __name__ == '__main__': main()

@@ -1,10 +1,10 @@
 """Every method on procedural streets: one network, one budget, several seeds; mIoU on unseen target scenes.
 
-    python benchmarks/streets.py [--seeds 0 1 2] [--out runs/streets] [--only start source_only joint mixteacher oracle iapc pbal views wdass pixda] [--tuning]
+    python benchmarks/streets.py [--seeds 0 1 2] [--out runs/streets] [--only start source_only joint mixteacher oracle iapc pbal views wdass pixda] [--tuning [--try tau=.6]]
 
 Each seed trains a start on source scenes. From there everything gets the same number of steps a stage: more source scenes, whatever labels there are without any method (the controls), labelled target
 scenes (the oracle), and each stage of each method, with the settings of its fitted recipe. Finished stages are kept, stopped ones go on. Settings are chosen with `--tuning`, which scores on scenes of
-their own and writes nothing. Rows of streets.csv are written as stages end, with the command that made them; the table over seeds is printed.
+their own and writes what was tried to tuning.csv. Rows of streets.csv are written as stages end, with the command that made them; the table over seeds is printed.
 """
 import argparse
 import copy
@@ -53,11 +53,13 @@ class Setup:
     images: int = 200             # Of the target
     weights: str | None = None    # What the start begins with; None: nothing
     group: object = lambda name: int(name.rsplit('_', 1)[-1]) % CITIES   # Name -> group of which k images are labelled
+    tries: tuple = ()             # (setting, value) that are tried instead of the recipe's
 
     def settings(self, name, start='trained'):
         "The fitted recipe: all that a method is told of the images, the length of the run and where it starts."
         steps = self.steps if start == 'trained' else self.start
-        return METHODS[name].fitted(Situation(steps, self.batch, self.height, self.width, self.space.num_classes, self.images, start, self.net.endswith('_small')))
+        cfg = METHODS[name].fitted(Situation(steps, self.batch, self.height, self.width, self.space.num_classes, self.images, start, self.net.endswith('_small')))
+        return replace(cfg, **{k: type(getattr(cfg, k))(v) for k, v in self.tries if hasattr(cfg, k)}) if start == 'trained' else cfg
 
     def length(self, title): return self.start if title in ('start', 'adabn') else 5*self.steps if title == 'views of pbal' else self.steps
 
@@ -67,8 +69,8 @@ class Setup:
 
 class Bench:
     "The runs of one seed."
-    def __init__(self, home, seed, data, setup=Setup()):
-        self.home, self.seed, self.data, self.setup = Path(home)/f'seed{seed}', seed, data, setup
+    def __init__(self, home, seed, data, setup=Setup(), kinds=None):
+        self.home, self.seed, self.data, self.setup, self.kinds = Path(home)/f'seed{seed}', seed, data, setup, kinds
 
     def run(self, steps): return Train(steps=steps, batch_size=self.setup.batch, seed=self.seed, checkpoint_every=100)
 
@@ -79,6 +81,7 @@ class Bench:
     def train(self, method, folder, net, cfg, source=None, target=None, steps=None, until=''):
         "A method from `net` on; stages go on from each other."
         run = self.run(steps or self.setup.steps)
+        if folder != 'start': folder += ''.join(f',{k}={v}' for k, v in self.setup.tries)
         job = methods.Job(METHODS[method], cfg, run, self.home/folder, net, source, target, lambda: copy.deepcopy(net), self.setup.about, begin='before')
         done = methods.train(job, until)
         if not done['finished']: raise SystemExit(f'{job.run_dir}: stopped at step {done["step"]}; the same command goes on there')
@@ -143,6 +146,7 @@ class Bench:
         kinds |= {kind: (kind, WeakLabels(data, kind, seed=self.seed, least=20)) for kind in KINDS if (name, kind) != ('joint', 'image')}
         kinds |= {f'{k}-shot': ('few', PartlyLabelled(data, self.drawn(k))) for k in SHOTS} | dict(full=('full', data))
         for title, (kind, target) in kinds.items():
+            if self.kinds and title not in self.kinds: continue
             yield f'{name} {title}', self.train(name, f'{name}_{title}', copy.deepcopy(first), replace(cfg, labels=kind), self.data['source'], target)
 
     def drawn(self, k):
@@ -186,7 +190,19 @@ def fill(bench, names, command, path=None):
             rows.append(dict(stage=title, seed=bench.seed, network=setup.net, steps=setup.length(title), batch=setup.batch, miou=f'{100*scores.miou:.2f}',
                              torch=torch.__version__, date=time.strftime('%Y-%m-%d'), command=command))
             if path: write_row(path, rows[-1])
+            if command.endswith('--tuning'): note_try(bench, rows[-1])
     return rows
+
+
+def note_try(bench, row):
+    "Everything that was tried on the images for choosing settings is written down."
+    path = Path(__file__).resolve().parent/'tuning.csv'
+    tried = ' '.join(f'{k}={v}' for k, v in bench.setup.tries)
+    rows = [r for r in read_rows(path) if (r['stage'], r['seed'], r['network'], r['settings']) != (row['stage'], str(row['seed']), row['network'], tried)]
+    with atomic_path(path) as p, open(p, 'w', newline='') as f:
+        out = csv.DictWriter(f, ['stage', 'seed', 'network', 'settings', 'steps', 'miou', 'date', 'command'], lineterminator='\n', extrasaction='ignore')
+        out.writeheader()
+        out.writerows([*rows, row | dict(settings=tried)])
 
 
 def options(about, home):
@@ -195,16 +211,24 @@ def options(about, home):
     p.add_argument('--out', type=Path, default=Path('runs')/home)
     p.add_argument('--only', nargs='+', choices=STAGES, default=STAGES)
     p.add_argument('--no-write', action='store_true', help='leave the table as it is')
-    p.add_argument('--tuning', action='store_true', help='score on the images for choosing settings, and leave the table as it is')
+    p.add_argument('--tuning', action='store_true', help='score on the images for choosing settings; rows go to tuning.csv instead of the table')
+    p.add_argument('--try', dest='tries', nargs='+', default=[], metavar='SETTING=VALUE', help='with --tuning: values instead of those of the recipe')
+    p.add_argument('--kinds', nargs='+', help='of joint and mixteacher: only these kinds of label, e.g. none coarse 1-shot')
     return p
+
+
+def tries_of(args):
+    if args.tries and not args.tuning: raise SystemExit('--try is for choosing settings; expected --tuning beside it')
+    return tuple(tuple(t.split('=', 1)) for t in args.tries)
 
 
 def main():
     args, size = options(__doc__, 'streets').parse_args(), (Setup.height, Setup.width)
     data = dict(source=Streets(SYNTHETIC, 300, size=size, seed=0), target=Streets(REAL, 200, size=size, seed=1),
                 val=Streets(REAL, 60, size=size, seed=7 if args.tuning else 2))
-    path = None if args.no_write or args.tuning else RESULTS
-    table([row for seed in args.seeds for row in fill(Bench(args.out, seed, data), args.only, 'python benchmarks/streets.py', path)])
+    path, command = None if args.no_write or args.tuning else RESULTS, 'python benchmarks/streets.py' + ' --tuning'*args.tuning
+    setup = Setup(tries=tries_of(args))
+    table([row for seed in args.seeds for row in fill(Bench(args.out, seed, data, setup, args.kinds), args.only, command, path)])
 
 
 if __name__ == '__main__': main()

@@ -148,7 +148,8 @@ def _fitted(s:Situation):
     "A teacher that forgets within a tenth of the run, a confidence that a short run reaches."
     high,wide = crop(s, .83, 8, 1)
     window = Window(low=.8, high=1.3, crop_height=high, crop_width=wide, flip_p=.5, pad=True)
-    return MixTeacher(alpha=memory(s, .1), tau=.8, **rule_of(s), warm=part(s, .05), length=s.length, window=window)
+    colour = .1 if s.tiny else .25
+    return MixTeacher(alpha=memory(s, .1), tau=.8, colour=colour, **rule_of(s), warm=part(s, .05), length=s.length, window=window)
 
 # %% ../nbs/05_methods/09_mixteacher.ipynb #bc1eb6d1
 METHOD = Method(
