@@ -286,8 +286,7 @@ def _as_array(image, name):
     if isinstance(image, np.ndarray):
         if image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8: return np.ascontiguousarray(image)
         raise InputError(f'{name}: got {image.dtype} {image.shape}; expected an image uint8 (H,W,3) or (3,H,W)')
-    try: return read_image(image)
-    except InputError as e: raise InputError(f'{image}: cannot be read as an image, {str(e).removeprefix(f"{image}: ")}') from e
+    return read_image(image)
 
 def output_paths(
     out_dir,       # Folder of the predictions

@@ -77,8 +77,9 @@ def test_input_error_arrives_as_one_sentence(workers):
 
 def test_a_bug_keeps_its_traceback():
     def bug(p): raise KeyError('inside the maker')
+    before = set(multiprocessing.active_children())           # of other tests: a compiler's workers, for one
     with pytest.raises(KeyError, match='in bug') as e: next(batches(bug, steps=2, workers=1))
-    assert e.tb and not multiprocessing.active_children()     # though the traceback is still held, the workers have ended
+    assert e.tb and set(multiprocessing.active_children()) <= before     # though the traceback is still held, the workers have ended
 
 def test_workers_use_one_thread_and_survive_group_signals():
     def threads(p):
