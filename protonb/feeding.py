@@ -163,6 +163,7 @@ class TestTime:
     scales:tuple[float, ...] = (1.,)      # Sizes of the views, over the size at which the network sees the image
     flip:bool = False                     # Look at the mirror image of every view as well
     average:str = 'probabilities'         # What is averaged: 'probabilities' or 'logits'
+    adabn:str = ''                        # AdaBN first: images whose statistics the batch norms take, kind:path; '' as trained
     __test__ = False                      # Not a test, whatever pytest makes of the name
 
     def __post_init__(self):

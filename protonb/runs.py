@@ -18,12 +18,13 @@ from . import deeplab, deeplabv2, dip, iapc, joint, mixteacher, pbal, pixda, pro
 from .checkpoints import fill_from, fit_of, parts_of, sentence
 from .core import InputError, atomic_path
 from .dip_net import dip_head_version, dip_mobilenetv2, dip_resnet101, dip_small, dip_vgg16
-from .datasets import require_labels
+from .datasets import open_dataset, require_labels
 from .efficientnet import LITE_NETWORKS, imagenet_file
 from .evaluation import Scores, evaluate
-from .feeding import Feed, TestTime, at_test_time, feed_of_old, segmenter
+from .feeding import Feed, TestTime, at_test_time, feed_of_old, network_input, resampled, segmenter
 from .labels import CAMVID, CITYSCAPES, CITYSCAPES13, CITYSCAPES16, ClassSpace
 from .prototypes import load_prototypes
+from .teachers import adapt_statistics
 from .training import latest_checkpoint, load_checkpoint, seed_everything
 from .weights import read_file, state_id
 
@@ -109,6 +110,7 @@ class Run:
     feed: Feed          # How it is fed
     prototypes: object  # `Prototypes`, or None
     segment: object     # images uint8 (B,3,H,W) -> logits (B,K,h,w); None while it has no prototypes
+    adapted: str = ''   # Images whose statistics the batch norms have taken since (AdaBN)
 
     @cached_property
     def id(self):       # of weights and prototypes: equal numbers have an equal id, whatever file they come from
@@ -304,11 +306,21 @@ def device_of(run): return next(run.net.parameters()).device   # where an opened
 
 def ready(
     run:Run,         # An opened run
-    look=TestTime(), # Windows, sizes, mirror images
+    look=TestTime(), # AdaBN, windows, sizes, mirror images
 ):                   # images uint8 (B,3,H,W) -> logits
     "The run as a segmenter, if it can segment."
     if run.segment is None: raise InputError(f'{run.dir}: has no prototypes yet; run `protonb prototypes {run.dir}` first')
+    if run.adapted != look.adabn: _adapt(run, look.adabn)
     return at_test_time(run.segment, look, run.space.num_classes)
+
+# %% ../nbs/07_shell/01_runs.ipynb #51111c3d
+def _adapt(run, spec):
+    "AdaBN: the batch norms take the statistics of some images, which the network sees as it is fed otherwise."
+    if run.adapted: raise InputError(f'{run.dir}: its batch norms have the statistics of {run.adapted}; open the run again')
+    run.id                      # scores belong to the weights as they were
+    see = lambda x: network_input(run.net, resampled(x, run.segment.base(x.shape[2:])), run.feed.input)
+    adapt_statistics(run.net, open_dataset(spec, 'train', labelled=False), inputs=see)
+    run.adapted = spec
 
 # %% ../nbs/07_shell/01_runs.ipynb #5c07ed03
 def look_name(
@@ -320,6 +332,7 @@ def look_name(
     if look.window and look.stride != .5: parts.append(f'stride {look.stride}')
     if look.flip: parts.append('flip')
     if not look.plain and look.average != 'probabilities': parts.append(look.average)
+    if look.adabn: parts.append(f'AdaBN {look.adabn}')
     return f' ({", ".join(parts)})' if parts else ''
 
 def mark_of(

@@ -10,7 +10,8 @@ from PIL import Image
 
 from protonb.cli import find_images, main
 from protonb.core import InputError
-from protonb.evaluation import confidence_map, label_ids, predict_files, stamp_of
+from protonb.datasets import open_dataset
+from protonb.evaluation import confidence_map, evaluate, label_ids, predict_files, stamp_of
 from protonb.feeding import TestTime
 from protonb.labels import CAMVID, CITYSCAPES, CITYSCAPES16
 from protonb.runs import open_run, read_scores, ready
@@ -234,3 +235,23 @@ def test_a_stamp_belongs_to_predictions_only(runs, photos, tmp_path):
     assert shell("predict", runs / "r0", photos, "--out", tmp_path / "p", "--device", "cpu") == 0
     stamps = {stamp_of(p) for p in (tmp_path / "p").iterdir()}
     assert len(stamps) == 2 and "" not in stamps and stamp_of(photos / "b.png") == stamp_of(photos) == ""
+
+
+def test_adabn_for_scores_and_pictures(runs, photos, tmp_path, capsys):
+    """The norms take the statistics of unlabelled images; scores and pictures know of it, and the weights stay whose they are."""
+    from protonb.teachers import adapt_statistics
+    data, folder = "streets:real,count=4,size=48x64", f"images:{photos}"
+    run = shutil.copytree(runs / "r0", tmp_path / "r")
+    assert shell("eval", run, "--data", data, "--device", "cpu") == 0
+    assert shell("eval", run, "--data", data, "--adabn", folder, "--device", "cpu") == 0
+    plain, adapted = (read_scores(run, open_run(run))[f"{data} val{how}"] for how in ("", f" (AdaBN {folder})"))
+    assert plain.cm.sum() == adapted.cm.sum() > 0
+    by_hand, opened, x = open_run(run), open_run(run), open_dataset(data)[0][0][None]
+    before = ready(opened)(x)
+    adapt_statistics(by_hand.net, open_dataset(folder))
+    assert torch.equal(ready(opened, TestTime(adabn=folder))(x), ready(by_hand)(x)) and not torch.equal(before, ready(by_hand)(x))
+    assert torch.equal(evaluate(ready(by_hand), open_dataset(data, "val"), progress=False).cm, adapted.cm)
+    for more in ([], ["--adabn", folder]):
+        assert shell("predict", run, photos, "--out", tmp_path / "p", "--device", "cpu", *more) == 0
+        assert "2 images written" in capsys.readouterr().out
+    assert shell("eval", run, "--data", data, "--adabn", "images:nowhere", "--device", "cpu") == 2
