@@ -117,11 +117,12 @@ def read_split(
     n, labelled = len(dataset), getattr(dataset, 'label_paths', ()) is not None
     kept = {round(j*(n-1)/max(1, tiles-1)) for j in range(min(n, tiles))}
     workers = min(8, os.cpu_count() or 1) if isinstance(dataset, PairFolder) else 1
-    with ThreadPoolExecutor(workers) as pool:
-        looked = []
+    pool, looked = ThreadPoolExecutor(workers), []
+    try:
         for l in pool.map(lambda i: look_at(dataset, i, i in kept), range(n)):
             looked.append(l)
             if bar is not None: bar.update()
+    finally: pool.shutdown(cancel_futures=True)      # who stops the command need not wait for the rest
     return Split(name, looked, dataset.space.num_classes, labelled)
 
 # %% ../nbs/07_shell/01c_data.ipynb #dd000020
@@ -146,11 +147,12 @@ class Checked:
 def _missing_classes(spec, split, space, table):
     "Classes without a pixel."
     n, ids = len(split.seen), {c: [i for i, t in table.items() if t == c] for c in range(space.num_classes)}
-    if n and not split.pixels.any(): yield Fault('nothing labelled', split.name, spec, f'{spec}: no pixel of its {n} labels has a class')
-    else:
-        for c in map(int, np.flatnonzero(split.pixels == 0) if n else ()):
-            told = f' ({", ".join(map(str, ids[c]))} in the files)' if ids[c] and ids[c] != [c] else ''
-            yield Fault('class without a pixel', split.name, spec, f'{spec}: class {space.classes[c]}{told} has no pixel in {n} labels')
+    fault = lambda kind, why: Fault(kind, split.name, spec, f'{spec}: {why} {n} label{"s"*(n > 1)}')
+    if not n: return
+    if not split.pixels.any(): yield fault('nothing labelled', 'not one pixel has a class in its')
+    for c in map(int, np.flatnonzero(split.pixels == 0) if split.pixels.any() else ()):
+        told = f' ({", ".join(map(str, ids[c]))} in the files)' if ids[c] and ids[c] != [c] else ''
+        yield fault('class without a pixel', f'class {space.classes[c]}{told} has no pixel in')
 
 # %% ../nbs/07_shell/01c_data.ipynb #dd000021
 def _table(datasets, splits):
@@ -196,6 +198,12 @@ def _lone(spec, opened):
     return list(told.values())
 
 # %% ../nbs/07_shell/01c_data.ipynb #dd000023
+def _forgive(c):
+    "Published test sets keep their labels for a server."
+    secret = lambda f: f.split == 'test' and f.kind in ('split cannot be opened', 'nothing labelled') and not c.spec.startswith('folder:')
+    c.notes += [f.message for f in c.faults if secret(f)]
+    c.faults = [f for f in c.faults if not secret(f)]
+
 def _unseen(c, table):
     "Ids that its owner has listed, that stand for a class which other ids have shown, and that no file holds."
     drawn = sum((s.pixels for s in c.splits), np.zeros(1, np.int64))
@@ -224,6 +232,7 @@ def check_data(
     out.faults += _unseen(out, table)
     twice, twins = _shared_pictures(splits)
     out.faults += twice
+    _forgive(out)
     out.notes += [f'split {s.name} has no labels' for s in splits if not s.labelled] + twins
     return out
 
@@ -235,7 +244,7 @@ def check_table(
     if not c.splits: return ''
     show = lambda s, x: f'{100*x:.2f}' if s.labelled else '-'
     head, K = ('percent', *(s.name for s in c.splits)), range(c.space.num_classes)
-    rows = [head, *((c.space.classes[k], *(show(s, s.shares[k]) for s in c.splits)) for k in K), None]
+    rows = [head, *((c.space.classes[k], *(show(s, s.shares[k]) for s in c.splits)) for k in K if any(s.labelled for s in c.splits)), None]
     rows.append(('labelled', *(show(s, s.pixels.sum()/max(1, s.pixels.sum() + s.void)) for s in c.splits)))
     rows.append(('images', *(str(len(s.looked)) for s in c.splits)))
     rows.append(('labels read', *(str(len(s.seen)) for s in c.splits)))

@@ -692,7 +692,8 @@ def splits_of(
     if kind == 'folder': return list(_toml(os.path.expanduser(path))['images'])
     if 'split' not in _KINDS[kind] or kind == 'streets': return ['train', 'val'][:1 + (kind == 'streets')]
     there, opt = {}, {k: v for k, v in opt.items() if k not in ('size', 'cache')}
-    for split in ('train', 'train_extra', 'val', 'test'):
+    more = ('train_extra',) if opt.get('labels') == 'coarse' else ()      # Cityscapes: only coarse labels exist for these
+    for split in ('train', *more, 'val', 'test'):
         with collecting(), suppress(InputError):
             there.setdefault(tuple(_opened(kind, os.path.expanduser(path), split, None, False, **opt).image_paths), split)
     return list(there.values()) or ['train']

@@ -285,3 +285,20 @@ def test_groups_by_letters_and_by_a_rule(town, capsys):
                         (["--group", "p", "--prefix", "2"], "neither"), (["--prefix", "-1"], "neither"), (["--shots", "0"], "k is 0")):
         assert main(["data", "fewshot", spec, "--out", str(few), *(["--shots", "2"] if words[0] != "--shots" else []), *words]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_a_pristine_cityscapes_has_no_fault(tmp_path):
+    """Its test set has no labels to speak of, train_extra only coarse ones; with labels=coarse these are looked at as well."""
+    raw = [i for i, c in CITYSCAPES_IDS.items() if c]
+    for n, (split, ids) in enumerate(dict(train=raw, val=raw, test=[0, 1, 3]).items()):
+        save(tmp_path / f"leftImg8bit/{split}/bonn/bonn_000000_00000{n}_leftImg8bit.png", photo(n))
+        save(tmp_path / f"gtFine/{split}/bonn/bonn_000000_00000{n}_gtFine_labelIds.png", mask(*ids))
+    save(tmp_path / "leftImg8bit/train_extra/bonn/bonn_000000_000009_leftImg8bit.png", photo(9))
+    c = check_data(f"cityscapes:{tmp_path}", quiet=True)
+    assert not c.faults and [s.name for s in c.splits] == ["train", "val", "test"] and any("not one pixel" in n for n in c.notes)
+    shutil.rmtree(tmp_path / "gtFine/test")
+    c = check_data(f"cityscapes:{tmp_path}", quiet=True)
+    assert not c.faults and any("gtFine/test" in n for n in c.notes)
+    assert splits_of(f"cityscapes:{tmp_path},labels=coarse") == ["train", "train_extra", "val", "test"]
+    shutil.rmtree(tmp_path / "gtFine/val")
+    assert [f.split for f in check_data(f"cityscapes:{tmp_path}", quiet=True).faults] == ["val"]
