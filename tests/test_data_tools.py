@@ -302,3 +302,23 @@ def test_a_pristine_cityscapes_has_no_fault(tmp_path):
     assert splits_of(f"cityscapes:{tmp_path},labels=coarse") == ["train", "train_extra", "val", "test"]
     shutil.rmtree(tmp_path / "gtFine/val")
     assert [f.split for f in check_data(f"cityscapes:{tmp_path}", quiet=True).faults] == ["val"]
+
+
+def test_outlines_of_photos_that_are_not_there(tmp_path):
+    """CVAT keeps all photos in one file, which may serve several splits; a photo of no split is named, and so is a class of no table."""
+    for i, split in enumerate(("train", "train", "train", "val")):
+        save(tmp_path / split / f"p{i}.png", photo(i))
+    shape = '<polygon label="{}" points="0,0;30,0;30,39;0,39" z_order="0"></polygon>'
+    drawn = {"p0.png": "house", "p1.png": "hovse", "p3.png": "house", "ghost.png": "house"}
+    (tmp_path / "cvat.xml").write_text("<annotations>" + "".join(
+        f'<image id="{i}" name="{n}" width="60" height="40">{shape.format(c)}</image>' for i, (n, c) in enumerate(drawn.items()))
+        + "</annotations>")
+    (tmp_path / "c.toml").write_text('format = "cvat"\nimages = {train = "train", val = "val"}\n'
+                                     'labels = {train = "cvat.xml", val = "cvat.xml"}\n'
+                                     "[classes]\nbackground = [0, 0, 0]\nhouse = [255, 0, 0]\n")
+    for spec in (f"folder:{tmp_path}/c.toml", f"folder:{tmp_path}/c.toml,split=train"):
+        c = check_data(spec, quiet=True)
+        said = sorted((f.kind, f.message.removeprefix(f"{tmp_path}/")[:18]) for f in c.faults)
+        assert said == [("image without label", "train/p2.png: has "), ("label without image", "cvat.xml: ghost.pn"),
+                        ("unreadable label", "cvat.xml: p1.png: ")], c.faults
+        assert c.splits[0].pixels.tolist() == [2400 - 31 * 40, 31 * 40]
