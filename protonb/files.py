@@ -4,10 +4,13 @@
 
 # %% auto #0
 __all__ = ['LIMIT', 'PICTURES', 'small_enough', 'read_image', 'noted', 'image_size', 'read_label', 'read_palette', 'read_label16',
-           'normal', 'files_below', 'list_files', 'is_pattern', 'match_files', 'read_text', 'read_list']
+           'collecting', 'is_collecting', 'amiss', 'normal', 'files_below', 'list_files', 'is_pattern', 'match_files',
+           'read_text', 'read_list']
 
 # %% ../nbs/01_data/02b_files.ipynb #2c46f87a
 import glob, io, os, re, struct, threading, unicodedata, zlib
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -187,6 +190,27 @@ def read_label16(
         raise InputError(f'{path}: has {bands} channel(s), expected {"one" if channel is None else f"several, and a channel {channel}"}')
     return _as_ids(raw if channel is None else raw[..., channel].copy(), path, depth)
 
+# %% ../nbs/01_data/02b_files.ipynb #dc000002
+_collected = ContextVar('collected', default=None)
+
+@contextmanager
+def collecting():
+    "Inside, what does not fit together is left out and listed as (kind, file, sentence) instead of refused."
+    token = _collected.set([])
+    try: yield _collected.get()
+    finally: _collected.reset(token)
+
+def is_collecting(): return _collected.get() is not None
+
+def amiss(
+    kind,  # What sort of fault, in a few words
+    path,  # The file
+    why,   # What is wrong with it
+):
+    "Refuse a file, or list it inside `collecting`."
+    if not is_collecting(): raise InputError(f'{path}: {why}')
+    _collected.get().append((kind, str(path), f'{path}: {why}'))
+
 # %% ../nbs/01_data/02b_files.ipynb #53786a50
 PICTURES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.webp')   # Endings of images
 
@@ -223,7 +247,7 @@ def _ending(name, endings):
     return max((e for e in endings if normal(name).lower().endswith(normal(e).lower())), key=len, default=None)
 
 def _add(found, key, path):
-    if key in found: raise InputError(f'{path}: has the same name as {found[key].name}, expected one file for {key}')
+    if key in found: return amiss('two of one name', path, f'has the same name as {found[key].name}, expected one file for {key}')
     found[key] = path
 
 def list_files(
