@@ -25,7 +25,7 @@ from .dip import mark_raw, released
 from .evaluation import FORMATS, KINDS, compare_table, output_paths, predict_files, stamp_of
 from .feeding import TestTime
 from .files import PICTURES, files_below
-from .options import choose_support, open_target, options_of, probe, short_options, situation_of, space_named
+from .options import choose_support, new_names, open_target, options_of, probe, short_options, situation_of, space_named
 from .pages import Demo, demo, make_report
 from .prototypes import class_prototypes, save_prototypes
 from .recipes import choice_table, never_heard
@@ -157,7 +157,8 @@ def train_words(
     if not words or words[0] not in METHODS:
         wrong = f'{words[0]!r} is no method' if words else 'no method is named'
         raise InputError(f'train: {wrong}; expected one of {", ".join(METHODS)} (see --help)')
-    m,words = METHODS[words[0]],words[1:]
+    m = METHODS[words[0]]
+    words = new_names(words[1:], m)
     prog = f'protonb train {m.name}'
     if '--help-all' in words: read_words(options_of(m), ['--help'], prog, method_help(m))
     if {'-h', '--help'} & set(words): read_words(short_options(m), ['--help'], prog, method_help(m))
