@@ -16,7 +16,7 @@ from tyro.conf import OmitArgPrefixes, arg
 from .core import InputError
 from .datasets import open_dataset, require_labels, take
 from .dip import LISTS, mark_raw, named_support, released
-from .few_shot import draw_shots, few_shot, pixda_list
+from .few_shot import draw_shots, few_shot, group_of, pixda_list
 from .files import read_list
 from .labels import IGNORE, SPACES
 from .methods import Method
@@ -39,8 +39,8 @@ class WeakOptions:
 @dataclass
 class FewOptions:
     "A few labelled target images."
-    shots:int = 1            # Labelled target images per city
-    few:str = 'published'    # 'published': PixDA's lists for Cityscapes; 'drawn': so many per city; or a file, one image name a line
+    shots:int = 1            # Labelled target images per city; per folder, or of all, where names begin with none
+    few:str = 'published'    # 'published': PixDA's lists for Cityscapes; 'drawn': so many per group; or a file, one image name a line
 
 @dataclass
 class SupportOptions:
@@ -53,8 +53,8 @@ class SupportOptions:
 @dataclass
 class AnyOptions:
     "Which labels of the target, where a method takes any."
-    shots:int = 1            # With --labels few: labelled target images per city
-    few:str = 'published'    # 'published': PixDA's lists for Cityscapes; 'drawn': so many per city; or a file, one image name a line
+    shots:int = 1            # With --labels few: labelled target images per city; per folder, or of all, where names begin with none
+    few:str = 'published'    # 'published': PixDA's lists for Cityscapes; 'drawn': so many per group; or a file, one image name a line
     weak:Literal['files', 'fine'] = 'files'  # The target's label files are weak already, or fine ones to make weak labels from
     points:Path|None = None                  # Cityscapes: YAML file of points; PNGs in gtPoint2 when left out
 
@@ -98,8 +98,8 @@ def _weak(o, space):
 
 def _few(o, space):
     data,few = open_dataset(o.target, 'train', space),o.data.few
-    if o.data.shots < 1: raise InputError(f'--shots is {o.data.shots}, expected at least 1 image per city')
-    if few == 'drawn': return take(data, draw_shots(data.names, o.data.shots, o.train.seed))
+    if o.data.shots < 1: raise InputError(f'--shots is {o.data.shots}, expected at least 1 image per group')
+    if few == 'drawn': return take(data, draw_shots(data.names, o.data.shots, o.train.seed, group_of(data.names)))
     if few != 'published' and not Path(few).is_file(): raise InputError(f"--few {few!r} is neither a file nor 'published' or 'drawn'")
     names = pixda_list(o.data.shots) if few == 'published' else names_in(few)
     if not names: raise InputError(f'--few {few}: names no image, expected at least one')
