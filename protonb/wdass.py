@@ -29,7 +29,7 @@ from .processes import for_processes, held, sum_over
 from .streams import labelled, paired, stacked, weakly_labelled
 from .teachers import average_of, update_average
 from .weighted_prototypes import PrototypeMemory, contrast, domain_prototypes, merge_labels, sample_anchors, sure
-from .windows import WDASS_TARGET_WINDOW, Window, check_fits
+from .windows import WDASS_TARGET_WINDOW, Window, check_fits, image_sizes, scaled
 
 # %% ../nbs/05_methods/06_wdass.ipynb #7130d9aa
 def pixel_loss(
@@ -96,12 +96,15 @@ def confident(
     top,ids = logits.detach().float().max(1)
     return ids, (top - logits.detach().float().logsumexp(1)).exp()
 
+def _rows(height): return (15, 120) if height > 135 else (15*height//512, 120*height//512)     # released for 512 rows
+
 def mixing_weight(
     confidence,         # (B,H,W) of the teacher
     threshold=.968,     # A pixel counts from here on
-    rows=(15, 120),     # Rows at the top and bottom that never count
+    rows=None,          # Rows at the top and bottom that never count; None: 15 and 120, or their share of a window they would cover
 )->Tensor:              # (B,H,W)
     "The share of sure pixels of the whole batch where a pixel is sure, else 0."
+    rows = rows or _rows(confidence.shape[1])
     sure = (confidence >= threshold).float()
     weight = sure*sure.mean()
     weight[:, :rows[0]] = weight[:, weight.shape[1]-rows[1]:] = 0
@@ -298,6 +301,7 @@ def adapt_weakly(
 )->dict:        # step reached, and whether the run is finished
     "The one stage; the student is the result."
     acc,cfg = accelerator_of(job),job.cfg
+    _check_rows(cfg, job.target)
     net = for_processes(job.net, acc)
     teacher = slow_copy(net, cfg, job.run.seed).to(acc.device, memory_format=torch.channels_last)
     memory = PrototypeMemory(net.num_classes, net.channels).to(acc.device)
@@ -314,6 +318,15 @@ def _check_choices(cfg):
     for f in fields(cfg):
         if get_origin(f.type) is Literal and (got := getattr(cfg, f.name)) not in get_args(f.type):
             raise InputError(f'{f.name} is {got!r}, but must be one of {", ".join(get_args(f.type))}')
+
+def _check_rows(cfg, target):
+    "Masked rows that leave something of every window, before the first step."
+    w,(top,low) = cfg.window,cfg.mix.mask_rows
+    if min(top, low) < 0: raise InputError(f'mix.mask_rows is {(top, low)}; expected two numbers of rows from 0')
+    if not top+low: return
+    rows = w.crop_height or min((scaled(w, size, w.low)[0] for _,size in image_sizes(target)), default=top+low+1)
+    if top+low >= rows: raise InputError(f'mix.mask_rows is {(top, low)}, which covers a window of {rows} rows: no target pixel '
+                                         f'would count in a mix; expected less, for example {_rows(rows)}, or a higher window')
 
 def _check_images(h, w, jitter):
     if (h or w) and min(h, w) < 1: raise InputError(f'source_height is {h} and source_width {w}; expected a size, or 0 and 0: as they are')
