@@ -15,7 +15,7 @@ from typing import Annotated, Literal, get_args
 from tyro.conf import OmitArgPrefixes, arg
 from .core import InputError
 from .datasets import open_dataset, require_labels, take
-from .dip import LISTS, mark_raw, named_support, released
+from .dip import LISTS, keep_raw, named_support
 from .few_shot import draw_shots, few_shot, group_of, pixda_list
 from .files import read_list
 from .labels import IGNORE, SPACES
@@ -48,7 +48,7 @@ class SupportOptions:
     support:str = ''              # Support list: cityscapes_1shot, cityscapes_5shot, bdd100k_5shot, or a text file of image names
     support_seed:int|None = None  # Without --support: order of the greedy scan; sorted when left out
     allow_missing:bool = False    # Go on when a class has no support image; it is never predicted
-    follow:Literal['clean', 'gta5', 'synthia', 'cityscapes', 'bdd100k'] = 'clean'  # Released crop rule and mean for this source
+    follow:Literal['clean', 'gta5', 'synthia', 'cityscapes', 'bdd100k'] = 'clean'  # Released crop rule and mean for this source; options win
 
 @dataclass
 class AnyOptions:
@@ -107,7 +107,7 @@ def _few(o, space):
 
 def _support(o, space):
     data = open_dataset(o.target, 'train', space)
-    if o.data.follow != 'clean' and hasattr(data, 'table'): data.table = mark_raw(data.table)
+    if o.data.follow != 'clean': keep_raw(data)
     chosen = choose_support(data, o.hyper.shots, o.data.support, o.data.support_seed, o.data.allow_missing)
     return take(data, chosen.indices)
 
