@@ -65,6 +65,7 @@ class Scores:
         self.cm = self.cm.cpu().long()
         iou(self.cm, self.absent)    # a wrong rule fails here, not at the first print
 
+    def _of(self, pixels): return self.cm.diagonal().double() / (pixels + 1e-10*(self.absent == 'zero'))
     @property
     def iou(self): return iou(self.cm, self.absent)                            # (K,), nan where left out
     @property
@@ -74,9 +75,15 @@ class Scores:
     @property
     def accuracy(self): return (self.cm.trace().double() / self.cm.sum()).item()  # of all labelled pixels
     @property
-    def class_accuracy(self): return self.cm.diagonal().double() / self.cm.sum(1) # (K,), nan without truth
+    def class_accuracy(self): return self._of(self.cm.sum(1))                  # (K,), nan without truth, or 0 as the rule has it
     @property
     def mean_class_accuracy(self): return self.class_accuracy.nanmean().item()
+    @property
+    def class_precision(self): return self._of(self.cm.sum(0))                 # (K,), the same without a prediction
+    @property
+    def mean_class_precision(self): return self.class_precision.nanmean().item()
+    @property
+    def frequency_weighted_iou(self): return (self.truth_share*self.iou.nan_to_num(0.)).sum().item()   # nan without truth
     @property
     def truth_share(self): return self.cm.sum(1).double() / self.cm.sum()         # (K,)
 
@@ -135,7 +142,8 @@ def scores_to_dict(
     means = {t: plain(v) for t, v in scores.subset_mious.items()}
     return dict(space=scores.space.name, classes=list(scores.space.classes), absent=scores.absent, cm=scores.cm.tolist(),
                 miou=plain(scores.miou), means=means, iou=[plain(v) for v in scores.iou],
-                accuracy=plain(scores.accuracy), mean_class_accuracy=plain(scores.mean_class_accuracy))
+                accuracy=plain(scores.accuracy), mean_class_accuracy=plain(scores.mean_class_accuracy),
+                mean_class_precision=plain(scores.mean_class_precision), frequency_weighted_iou=plain(scores.frequency_weighted_iou))
 
 def scores_from_dict(
     d:dict,     # What `to_dict` gave, perhaps after a trip through a JSON file
