@@ -168,7 +168,7 @@ def train_words(
     if '--help-all' in words: read_words(options_of(m), ['--help'], prog, method_help(m))
     if {'-h', '--help'} & set(words): read_words(short_options(m), ['--help'], prog, method_help(m))
     o = read_words(options_of(m), words, prog)
-    return settled(o, words, prog)
+    return settled(o, words, prog) if getattr(o, 'recipe', 'released') == 'fitted' or _habits(o) else o
 
 # %% ../nbs/07_shell/02_cli.ipynb #e84ac627
 def settled(
@@ -178,7 +178,6 @@ def settled(
 ):               # Options whose settings fit the run
     "Settings made for this run, or for the source that is followed, below whatever was said; fitted stages go on from each other."
     m,habits,fits = o.method,_habits(o),getattr(o, 'recipe', 'released') == 'fitted'
-    if not (fits or habits): return o
     hyper = replace(m.fitted(situation_of(o)) if fits else (m.released or m.settings)(), **habits)
     below = dict(hyper=hyper) | (dict(begin='before') if fits and hasattr(o, 'begin') else {})
     return read_words(options_of(m), words, prog, default=replace(o, **below))

@@ -147,7 +147,7 @@ def episodes(
                     valid=ids != IGNORE, classes=ids)
     return make
 
-# %% ../nbs/05_methods/02_dip.ipynb #1c89f2bf
+# %% ../nbs/05_methods/02_dip.ipynb #dip000a0
 def _frozen(net, cfg):
     "The parts of a network that stay as loaded."
     parts = net.frozen_prefixes if cfg.freeze is None else tuple(cfg.freeze)
@@ -156,6 +156,7 @@ def _frozen(net, cfg):
     if odd: raise InputError(f'freeze: the network has no part {odd[0]!r}, expected some of {", ".join(n for n,_ in net.named_children())}')
     return tuple(parts)
 
+# %% ../nbs/05_methods/02_dip.ipynb #1c89f2bf
 def train(
     query,         # Labelled source data set
     support,       # Few labelled target images, same class space

@@ -48,7 +48,7 @@ class SupportOptions:
     support:str = ''              # Support list: cityscapes_1shot, cityscapes_5shot, bdd100k_5shot, or a text file of image names
     support_seed:int|None = None  # Without --support: order of the greedy scan; sorted when left out
     allow_missing:bool = False    # Go on when a class has no support image; it is never predicted
-    follow:Literal['clean', 'gta5', 'synthia', 'cityscapes', 'bdd100k'] = 'clean'  # Released crop rule and mean for this source; options win
+    follow:Literal['clean', 'gta5', 'synthia', 'cityscapes', 'bdd100k'] = 'clean'  # Released habits of this source; options win
 
 @dataclass
 class AnyOptions:

@@ -357,6 +357,15 @@ def _passes(job, game, acc):
                                            path=job.run_dir/'selection'/f'{at.stage}.json', stage=at.stage, progress=job.progress)
     return dict(step=done, finished=end['finished'], stage=at.stage, kept=kept)
 
+# %% ../nbs/05_methods/07_pixda.ipynb #pix000a0
+def _for_classes(job, acc):
+    "The job with the special class of its focal loss by train id; says so when there is none of that name."
+    focal,names = job.cfg.focal,job.source.space.classes
+    found = focal.among(names)
+    if acc.is_main_process and job.cfg.loss == 'focal' and isinstance(focal.building, str) and found.building is None:
+        warnings.warn(f'no class is called {focal.building!r} (there are {", ".join(names)}): the focal loss weighs all alike')
+    return replace(job, cfg=replace(job.cfg, focal=found))
+
 # %% ../nbs/05_methods/07_pixda.ipynb #71c5c404
 def _distill(job, game, acc):
     "Phase B."
@@ -367,14 +376,6 @@ def _distill(job, game, acc):
     end = learn(replace(job, stage='distill'), one, make, parts, acc=acc, run=replace(run, steps=cfg.kd_steps), collate=stacked)
     if end['finished']: _share_statistics(net, acc)
     return end | dict(stage='distill')
-
-def _for_classes(job, acc):
-    "The job with the special class of its focal loss by train id; says so when there is none of that name."
-    focal,names = job.cfg.focal,job.source.space.classes
-    found = focal.among(names)
-    if acc.is_main_process and job.cfg.loss == 'focal' and isinstance(focal.building, str) and found.building is None:
-        warnings.warn(f'no class is called {focal.building!r} (there are {", ".join(names)}): the focal loss weighs all alike')
-    return replace(job, cfg=replace(job.cfg, focal=found))
 
 def _both(job, until='distill'):
     "Both phases, or the first."

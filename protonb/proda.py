@@ -220,7 +220,7 @@ def image_means(
         found.append(predicted_means(*net(network_input(net, dataset[i][0][None].to(device), kind), features=True)))
     return tuple(torch.cat(t) for t in zip(*found))
 
-# %% ../nbs/05_methods/05_proda.ipynb #9d20eacb
+# %% ../nbs/05_methods/05_proda.ipynb #pro000a0
 def _made_with(prototypes, path, **settings):
     "The prototypes of a file, refused where it says that they were made otherwise."
     was = {k: prototypes.meta.get(k, v) for k,v in settings.items()}
@@ -228,6 +228,7 @@ def _made_with(prototypes, path, **settings):
     if odd: raise InputError(f'{path}: these prototypes were made with {", ".join(odd)}; give another file')
     return prototypes
 
+# %% ../nbs/05_methods/05_proda.ipynb #9d20eacb
 def init_prototypes(
     net,              # Network after the warm-up
     dataset,          # Target images in sorted order

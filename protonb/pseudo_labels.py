@@ -333,6 +333,15 @@ def _fold(ledger):
     for path in ledger.new: path.unlink()
     ledger.new = []
 
+# %% ../nbs/04_learning/06_pseudo_labels.ipynb #pl0000a0
+def _network(segment, name):
+    "Which network labels: what it is called, or its weights, prototypes and feed where it is a segmenter."
+    if not name and hasattr(segment, 'net'):
+        P,fed = segment.prototypes,{k: v for k,v in segment.feed.to_dict().items() if v is not None}
+        more = {} if P is None else dict(matrix=P.matrix, valid=P.valid)
+        name = hashlib.sha256(f'{state_id(segment.net.state_dict())} {state_id(more)} {sorted(fed.items())}'.encode()).hexdigest()[:16]
+    return dict(network=name) if name else {}
+
 # %% ../nbs/04_learning/06_pseudo_labels.ipynb #cd94b486
 class _Images:
     "Chosen images with their index, without labels; a class so that loader workers can have it."
@@ -348,14 +357,6 @@ def _views(scales, flip, soft_before):
     "What histogram.json remembers of how labels are made."
     sizes = [list(map(int, s)) if isinstance(s, (tuple, list)) else float(s) for s in scales]
     return dict(scales=sizes, flip=bool(flip), soft_before=bool(soft_before))
-
-def _network(segment, name):
-    "Which network labels: what it is called, or its weights, prototypes and feed where it is a segmenter."
-    if not name and hasattr(segment, 'net'):
-        P,fed = segment.prototypes,{k: v for k,v in segment.feed.to_dict().items() if v is not None}
-        more = {} if P is None else dict(matrix=P.matrix, valid=P.valid)
-        name = hashlib.sha256(f'{state_id(segment.net.state_dict())} {state_id(more)} {sorted(fed.items())}'.encode()).hexdigest()[:16]
-    return dict(network=name) if name else {}
 
 def _checked_names(dataset, ending='_confidence'):
     "Names of the images, of which no two may write to one file."
@@ -401,8 +402,7 @@ def write_labels(
     network='',       # What to call the network: a folder is not gone on with by another; by its weights when left out
 )->Summary:           # Numbers of images, and the histogram of the whole folder
     "Write train ids and confidence of every image; a run that was killed goes on where it was."
-    made_with = _views(scales, flip, soft_before) | _network(segment, network)
-    names, ledger = _checked_names(dataset), _Ledger(out_dir, space, made_with)
+    names, ledger = _checked_names(dataset), _Ledger(out_dir, space, _views(scales, flip, soft_before) | _network(segment, network))
     _fold(ledger)
     todo = [i for i, n in enumerate(names) if n not in ledger.names or not _finished(out_dir, n)]
     for i, image in _loaded(dataset, todo, workers, progress, 'labelling'):

@@ -341,7 +341,8 @@ def _agreement(acc):
     finally: torch.distributed.destroy_process_group(group)
 
 # %% ../nbs/04_learning/02_training.ipynb #d3ca27a5
-FREE = {f'train.{n}' for n in ('workers', 'log_every', 'checkpoint_every', 'keep', 'device', 'batch_size')} | {'config.feed.width'}   # older runs lack it
+FREE = {f'train.{n}' for n in ('workers', 'log_every', 'checkpoint_every', 'keep', 'device', 'batch_size')}
+FREE |= {'config.feed.width'}     # older runs lack it
 
 def _plain(value):
     "A configuration as JSON gives it back."

@@ -104,9 +104,8 @@ def mixing_weight(
     rows=None,          # Rows at the top and bottom that never count; None: 15 and 120, or their share of a window they would cover
 )->Tensor:              # (B,H,W)
     "The share of sure pixels of the whole batch where a pixel is sure, else 0."
-    rows = rows or _rows(confidence.shape[1])
     sure = (confidence >= threshold).float()
-    weight = sure*sure.mean()
+    weight,rows = sure*sure.mean(),rows or _rows(confidence.shape[1])
     weight[:, :rows[0]] = weight[:, weight.shape[1]-rows[1]:] = 0
     return weight
 
@@ -261,6 +260,15 @@ def add_gradients(
     return {k: v.detach() for k,v in losses.items()}
 
 # %% ../nbs/05_methods/06_wdass.ipynb #4b49bcd0
+def _check_rows(cfg, target):
+    "Masked rows that leave something of every window, before the first step."
+    w,(top,low) = cfg.window,cfg.mix.mask_rows
+    if min(top, low) < 0: raise InputError(f'mix.mask_rows is {(top, low)}; expected two numbers of rows from 0')
+    if not top+low: return
+    rows = w.crop_height or min((scaled(w, size, w.low)[0] for _,size in image_sizes(target)), default=top+low+1)
+    if top+low >= rows: raise InputError(f'mix.mask_rows is {(top, low)}, which covers a window of {rows} rows: no target pixel '
+                                         f'would count in a mix; expected less, for example {_rows(rows)}, or a higher window')
+
 def weak_pairs(
     source,         # Labelled source: items are (image uint8 (3,H,W), label (H,W))
     target,         # Weakly labelled target: items are (image uint8 (3,H,W), weak label (H',W') with 255); has `space`
@@ -318,15 +326,6 @@ def _check_choices(cfg):
     for f in fields(cfg):
         if get_origin(f.type) is Literal and (got := getattr(cfg, f.name)) not in get_args(f.type):
             raise InputError(f'{f.name} is {got!r}, but must be one of {", ".join(get_args(f.type))}')
-
-def _check_rows(cfg, target):
-    "Masked rows that leave something of every window, before the first step."
-    w,(top,low) = cfg.window,cfg.mix.mask_rows
-    if min(top, low) < 0: raise InputError(f'mix.mask_rows is {(top, low)}; expected two numbers of rows from 0')
-    if not top+low: return
-    rows = w.crop_height or min((scaled(w, size, w.low)[0] for _,size in image_sizes(target)), default=top+low+1)
-    if top+low >= rows: raise InputError(f'mix.mask_rows is {(top, low)}, which covers a window of {rows} rows: no target pixel '
-                                         f'would count in a mix; expected less, for example {_rows(rows)}, or a higher window')
 
 def _check_images(h, w, jitter):
     if (h or w) and min(h, w) < 1: raise InputError(f'source_height is {h} and source_width {w}; expected a size, or 0 and 0: as they are')
