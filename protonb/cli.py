@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXAMPLE', 'COMMANDS', 'Command', 'EXAMPLES', 'open_job', 'announce', 'train', 'read_words', 'method_help',
-           'train_words', 'fitted', 'TrainMethod', 'train_help', 'MakePrototypes', 'make_prototypes', 'Eval',
+           'train_words', 'settled', 'TrainMethod', 'train_help', 'MakePrototypes', 'make_prototypes', 'Eval',
            'eval_run', 'Predict', 'find_images', 'predict', 'Report', 'report', 'Info', 'info', 'parse', 'main']
 
 # %% ../nbs/07_shell/02_cli.ipynb #e918f1b7
@@ -20,12 +20,12 @@ from tyro.conf import OmitArgPrefixes, Positional, subcommand
 from . import methods
 from .core import InputError
 from .data_tools import Data, use_data
-from .datasets import open_dataset, take
-from .dip import mark_raw, released
+from .datasets import open_dataset, require_labels, take
 from .evaluation import FORMATS, KINDS, compare_table, output_paths, predict_files, stamp_of
 from .feeding import TestTime
 from .files import PICTURES, files_below
-from .options import choose_support, new_names, open_target, options_of, probe, short_options, situation_of, space_named
+from .options import (choose_support, follow_source, habits, new_names, open_target, options_of, probe, short_options, situation_of,
+                             space_named)
 from .pages import Demo, demo, make_report
 from .prototypes import class_prototypes, save_prototypes
 from .recipes import choice_table, never_heard
@@ -38,14 +38,8 @@ def _space(o, m):
     "Class space of a run: the one that was named, that of the model, of the support set, or of the source."
     if m.source == 'model': return None
     named = space_named(o.classes)
-    return open_dataset(o.target, 'train').space if named is None and m.target == 'support' else named
-
-def _follow(o, source):
-    "DIP: the released habits of one source."
-    if getattr(o, 'data', None) is None or getattr(o.data, 'follow', 'clean') == 'clean': return
-    r = released(o.data.follow)
-    o.hyper = replace(o.hyper, absent=r.absent, retry_query=r.retry_query, retry_support=r.retry_support, query_classes=r.query_classes)
-    if hasattr(source, 'table'): source.table = mark_raw(source.table)
+    if named is not None or m.target != 'support': return named
+    return require_labels(open_dataset(o.target, 'train'), f'--target {o.target}').space
 
 def _about(o, m, target):
     "What config.json is to say of the data."
@@ -79,7 +73,7 @@ def open_job(
     "The data and the network of a run, looked into before anything is written."
     m = o.method
     source,space,name,make = _start(o, m)
-    _follow(o, source)
+    follow_source(o, source)
     target,val = open_target(m, o, space),probe(open_dataset(o.val, 'val', space), role=f'--val {o.val}') if o.val else None
     weights,begin = getattr(o, 'weights', None),getattr(o, 'begin', 'published').replace('published', '')
     entry = getattr(o, 'entry', '')
@@ -97,6 +91,8 @@ def announce(o):
     if getattr(o, 'begin', '') == 'before': print('stages go on from the weights of the stage before (--begin before)')
     if getattr(o, 'recipe', '') == 'released' and (o.train.steps, o.train.batch_size) != (want := (o.method.steps, o.method.batch_size)):
         print(f'recipe released: made for {want[0]:,} steps of {want[1]} images, this run has {o.train.steps:,} of {o.train.batch_size}')
+    for k,v in habits(o).items():
+        if (own := getattr(o.hyper, k)) != v: print(f'note: --follow {o.data.follow}: {k} is {own!r} as given; released it was {v!r}')
     for sentence in never_heard(o.hyper, o.train.steps): print(f'note: {sentence}')
 
 def train(
@@ -163,17 +159,19 @@ def train_words(
     if '--help-all' in words: read_words(options_of(m), ['--help'], prog, method_help(m))
     if {'-h', '--help'} & set(words): read_words(short_options(m), ['--help'], prog, method_help(m))
     o = read_words(options_of(m), words, prog)
-    return fitted(o, words, prog) if getattr(o, 'recipe', 'released') == 'fitted' else o
+    return settled(o, words, prog) if getattr(o, 'recipe', 'released') == 'fitted' or habits(o) else o
 
 # %% ../nbs/07_shell/02_cli.ipynb #e84ac627
-def fitted(
+def settled(
     o,           # Options as first read
     words:list,  # The words they were read from
     prog:str,    # What the command is called
 ):               # Options whose settings fit the run
-    "Settings made for this run, below whatever was said; stages go on from each other."
-    below = dict(hyper=o.method.fitted(situation_of(o))) | (dict(begin='before') if hasattr(o, 'begin') else {})
-    return read_words(options_of(o.method), words, prog, default=replace(o, **below))
+    "Settings made for this run, or for the source that is followed, below whatever was said; fitted stages go on from each other."
+    m,fits = o.method,getattr(o, 'recipe', 'released') == 'fitted'
+    hyper = replace(m.fitted(situation_of(o)) if fits else (m.released or m.settings)(), **habits(o))
+    below = dict(hyper=hyper) | (dict(begin='before') if fits and hasattr(o, 'begin') else {})
+    return read_words(options_of(m), words, prog, default=replace(o, **below))
 
 
 @dataclass

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RAW_ONE', 'RETRY', 'CITYSCAPES_5SHOT', 'CITYSCAPES_1SHOT', 'CITYSCAPES_KREFELD', 'BDD100K_5SHOT', 'LISTS', 'METHOD',
            'episode_classes', 'remap', 'episode_losses', 'step', 'DIP', 'draw_query', 'episodes', 'train', 'mark_raw',
-           'released', 'clean', 'named_support']
+           'keep_raw', 'released', 'clean', 'named_support']
 
 # %% ../nbs/05_methods/02_dip.ipynb #b0ba5112
 from dataclasses import asdict, dataclass, field, replace
@@ -13,13 +13,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 from .core import InputError, rng_for
-from .dip_net import freeze, set_train
+from .dip_net import freeze, set_train, under
 from .feeding import Feed, network_input
 from .labels import IGNORE, LabelTable
 from .methods import Method, accelerator_of, notes, run_of
 from .ops import logits_cross_entropy, pool_and_pass, prototype_logits
 from .optimization import make_optimizer, parameter_groups, polynomial, schedule
-from .pooling import labels_on_grid
+from .pooling import grid_masks
 from .prototypes import class_prototypes, save_prototypes
 from .recipes import Situation, crop, learning_rate
 from .sampling import shuffled_index
@@ -57,7 +57,7 @@ def episode_losses(
 )->tuple:      # query loss, support loss: 0-d
     "Support pixels make the prototypes; these classify the query's pixels and the support's own."
     B = len(labels)
-    on_grid = labels_on_grid(labels[:, 1], features.shape[-2:])
+    on_grid = grid_masks(labels[:, 1], valid.shape[1], features.shape[-2:])
     protos,_,features = pool_and_pass(features, on_grid, valid.shape[1], images=slice(B, None), per_image=True, eps=cfg.pool_eps)
     logits = prototype_logits(features, torch.cat([protos, protos]), scale=cfg.scale)   # (2B,K,h,w)
     return tuple(logits_cross_entropy(z, y, valid=valid) for z,y in zip(logits.chunk(2), labels.unbind(1)))
@@ -96,7 +96,7 @@ class DIP:
     min_pixels:int = 1            # Pure grid cells that make a class count as present offline
     query_classes:int = 2         # A query image needs this many classes (GTA5, SYNTHIA: 2; Cityscapes, BDD100K: 3)
     stride:int = 8                # Output stride of the network: the grid on which classes must survive
-    freeze:tuple[str, ...] = ('layer0', 'layer1')  # Parts whose parameters stay as loaded; their batch norm goes on
+    freeze:tuple[str, ...]|None = None  # Parts whose parameters stay as loaded, their batch norm goes on; None: those the network names
     freeze_bn:bool = False        # Keep the batch norm of the frozen parts at its loaded statistics too
     retry_query:int|None = None    # Label id of which a query crop should keep 85 %, see released habits; None = off
     retry_support:int|None = None  # The same for support crops
@@ -147,6 +147,15 @@ def episodes(
                     valid=ids != IGNORE, classes=ids)
     return make
 
+# %% ../nbs/05_methods/02_dip.ipynb #dip000a0
+def _frozen(net, cfg):
+    "The parts of a network that stay as loaded."
+    parts = net.frozen_prefixes if cfg.freeze is None else tuple(cfg.freeze)
+    names = [n for n,_ in net.named_parameters()]
+    odd = [p for p in parts if not any(under(n, (p,)) for n in names)]
+    if odd: raise InputError(f'freeze: the network has no part {odd[0]!r}, expected some of {", ".join(n for n,_ in net.named_children())}')
+    return tuple(parts)
+
 # %% ../nbs/05_methods/02_dip.ipynb #1c89f2bf
 def train(
     query,         # Labelled source data set
@@ -160,7 +169,7 @@ def train(
     progress:bool=True,
 )->dict:           # step reached, and whether the run is finished
     "Train on episodes; `net` is changed in place."
-    acc = accelerator_for(run)
+    acc,cfg = accelerator_for(run),replace(cfg, freeze=_frozen(net, cfg))
     set_train(freeze(net, cfg.freeze), cfg.freeze if cfg.freeze_bn else False).to(memory_format=torch.channels_last)
     opt = make_optimizer('sgd', parameter_groups(net, cfg.lr, weight_decay=cfg.weight_decay), cfg.lr, momentum=cfg.momentum)
     sched = schedule(opt, polynomial(run.steps, cfg.power, ahead=1))
@@ -181,6 +190,16 @@ def mark_raw(
     ids = table.ids.copy()
     if ids[raw] == IGNORE: ids[raw] = RAW_ONE
     return replace(table, ids=ids)
+
+def keep_raw(
+    dataset,  # Any data set; what it has cached is forgotten
+)->bool:      # Whether it has a table of raw ids
+    "The same for a data set, however it is wrapped."
+    getattr(dataset, 'kept', {}).clear()
+    if isinstance(getattr(dataset, 'table', None), LabelTable):
+        dataset.table = mark_raw(dataset.table)
+        return True
+    return hasattr(dataset, 'dataset') and keep_raw(dataset.dataset)
 
 # %% ../nbs/05_methods/02_dip.ipynb #6e3e45b3
 RETRY = dict(gta5=(RAW_ONE, RAW_ONE), synthia=(10, RAW_ONE), cityscapes=(1, 1), bdd100k=(1, 1))  # raw id 1 of query, support

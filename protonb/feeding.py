@@ -36,14 +36,16 @@ ENLARGE = ('aligned', 'centred')
 @dataclass(frozen=True)
 class Feed:
     "How a trained network is fed at test time; plain data for config.json."
-    height:int|None = None   # Images are brought to this height first, in pixels; None: as they are
+    height:int|None = None   # Images are brought to this height first, in pixels; None: as they are, or as `width` has it
     input:str = ''           # One of INPUTS; '' is what the network says itself
     enlarge:str = 'aligned'  # 'aligned': whoever enlarges the logits aligns corners; 'centred': enlarged here without (WDASS)
     scale:float = 20.        # Factor of the cosine, for a network with prototypes (DIP)
+    width:int|None = None    # ... and to this width; None: what keeps the image's shape
 
     def __post_init__(self):
-        if self.height is not None and (not isinstance(self.height, int) or self.height < 1):
-            raise InputError(f'height is {self.height!r}, expected a number of pixels from 1, or None')
+        for name in ('height', 'width'):
+            if (n := getattr(self, name)) is not None and (not isinstance(n, int) or n < 1):
+                raise InputError(f'{name} is {n!r}, expected a number of pixels from 1, or None')
         for name,known in (('input', ('', *INPUTS)), ('enlarge', ENLARGE)):
             if getattr(self, name) not in known:
                 raise InputError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(repr, known))}")
@@ -98,8 +100,9 @@ class Segmenter:
 
     def base(self, size):
         "The size (h,w) at which the network sees an image of (H,W) pixels."
-        height = self.feed.height
-        return tuple(size) if height is None else (height, max(1, round(size[1]*height/size[0])))
+        (H,W),h,w = size,self.feed.height,self.feed.width
+        if h is None: return (H, W) if w is None else (max(1, w*H//W), w)     # rounded down, as a window's base is
+        return h, w or max(1, round(W*h/H))
 
     @torch.no_grad()
     def grid(self, images):

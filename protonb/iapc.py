@@ -34,6 +34,7 @@ from .processes import reduced, wait_long
 from .streams import feed, three_viewed
 from .training import Train, accelerator_for, bare, fit
 from .transforms import resize_label
+from .weights import state_id
 from .windows import IAPC_REFRESH_WINDOW, IAPC_WINDOW, Window, check_fits
 
 # %% ../nbs/05_methods/03_iapc.ipynb #d5beb95e
@@ -167,10 +168,11 @@ def pseudo_labels(
 )->HardLabels:  # The images with their pseudo labels
     "Stage 1: the source model labels every image once, no pixel is left out; goes on where it was stopped."
     photos,folder = Unlabelled(images),Path(run_dir)/'pseudo'
+    network = state_id(source.state_dict())[:16] + (f', statistics of {cfg.adapt_bn} images' if cfg.adapt_bn else '')
     if cfg.adapt_bn: adapt_statistics(source, photos, cfg.adapt_bn, inputs=lambda x: network_input(source, x))
     if acc is None or acc.is_main_process:
         write_labels(segmenter(source), photos, folder, photos.space, scales=cfg.scales, flip=True,
-                     device=next(source.parameters()).device, progress=progress)
+                     device=next(source.parameters()).device, progress=progress, network=network)
     if acc: wait_long(acc)
     return HardLabels(photos, folder)
 

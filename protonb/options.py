@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['OF_TARGET', 'RENAMED', 'WeakOptions', 'FewOptions', 'SupportOptions', 'AnyOptions', 'names_in', 'choose_support',
-           'probe', 'space_named', 'open_target', 'situation_of', 'options_of', 'comment_on', 'short_options',
-           'new_names']
+           'probe', 'space_named', 'open_target', 'habits', 'follow_source', 'situation_of', 'options_of', 'comment_on',
+           'short_options', 'new_names']
 
 # %% ../nbs/07_shell/01a_options.ipynb #e246fd45
 import inspect, os, re
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 import numpy as np
 from tyro.conf import OmitArgPrefixes, arg
 from .core import InputError
 from .datasets import open_dataset, require_labels, take
-from .dip import LISTS, mark_raw, named_support, released
-from .few_shot import draw_shots, few_shot, pixda_list
+from .dip import LISTS, RAW_ONE, RETRY, keep_raw, named_support, released
+from .few_shot import draw_shots, few_shot, group_of, pixda_list
 from .files import read_list
 from .labels import IGNORE, SPACES
 from .methods import Method
@@ -41,8 +41,8 @@ class WeakOptions:
 @dataclass
 class FewOptions:
     "A few labelled target images."
-    shots:int = 1            # Labelled target images per city
-    few:str = 'published'    # 'published': PixDA's lists for Cityscapes; 'drawn': so many per city; or a file, one image name a line
+    shots:int = 1            # Labelled target images per city; per folder, or of all, where names begin with none
+    few:str = 'published'    # 'published': PixDA's lists for Cityscapes; 'drawn': so many per group; or a file, one image name a line
 
 @dataclass
 class SupportOptions:
@@ -50,13 +50,13 @@ class SupportOptions:
     support:str = ''              # Support list: cityscapes_1shot, cityscapes_5shot, bdd100k_5shot, or a text file of image names
     support_seed:int|None = None  # Without --support: order of the greedy scan; sorted when left out
     allow_missing:bool = False    # Go on when a class has no support image; it is never predicted
-    follow:Literal['clean', 'gta5', 'synthia', 'cityscapes', 'bdd100k'] = 'clean'  # Released crop rule and mean for this source
+    follow:Literal['clean', 'gta5', 'synthia', 'cityscapes', 'bdd100k'] = 'clean'  # Released habits of this source; options win
 
 @dataclass
 class AnyOptions:
     "Which labels of the target, where a method takes any."
-    shots:int = 1            # With --labels few: labelled target images per city
-    few:str = 'published'    # 'published': PixDA's lists for Cityscapes; 'drawn': so many per city; or a file, one image name a line
+    shots:int = 1            # With --labels few: labelled target images per city; per folder, or of all, where names begin with none
+    few:str = 'published'    # 'published': PixDA's lists for Cityscapes; 'drawn': so many per group; or a file, one image name a line
     weak:Literal['files', 'fine'] = 'files'  # The target's label files are weak already, or fine ones to make weak labels from
     points:Path|None = None                  # Cityscapes: YAML file of points; PNGs in gtPoint2 when left out
 
@@ -109,8 +109,8 @@ def _as_weak(data, kind):
 # %% ../nbs/07_shell/01a_options.ipynb #63d8d0d2
 def _few(o, space):
     data,few = open_dataset(o.target, 'train', space),o.data.few
-    if o.data.shots < 1: raise InputError(f'--shots is {o.data.shots}, expected at least 1 image per city')
-    if few == 'drawn': return take(data, draw_shots(data.names, o.data.shots, o.train.seed))
+    if o.data.shots < 1: raise InputError(f'--shots is {o.data.shots}, expected at least 1 image per group')
+    if few == 'drawn': return take(data, draw_shots(data.names, o.data.shots, o.train.seed, group_of(data.names)))
     if few != 'published' and not Path(few).is_file(): raise InputError(f"--few {few!r} is neither a file nor 'published' or 'drawn'")
     names = pixda_list(o.data.shots) if few == 'published' else names_in(few)
     if not names: raise InputError(f'--few {few}: names no image, expected at least one')
@@ -118,7 +118,7 @@ def _few(o, space):
 
 def _support(o, space):
     data = open_dataset(o.target, 'train', space)
-    if o.data.follow != 'clean' and hasattr(data, 'table'): data.table = mark_raw(data.table)
+    if o.data.follow != 'clean': keep_raw(data)
     chosen = choose_support(data, o.hyper.shots, o.data.support, o.data.support_seed, o.data.allow_missing)
     return take(data, chosen.indices)
 
@@ -166,6 +166,23 @@ def start_config(o):
     if not o.start.is_file(): return read_config(o.start)[1]['config']
     named = open_dataset(o.classes, 'train', labelled=False).space if ':' in o.classes else space_named(o.classes)
     return open_file(o.start, FileOptions(o.net, entry=o.entry), named, tell=lambda sentence: None).config
+
+# %% ../nbs/07_shell/01a_options.ipynb #1f3b32ff
+def habits(
+    o,       # Options of a method
+)->dict:     # Settings; {} where no source is followed
+    "DIP: the settings of the released code for the source that `--follow` names."
+    follow = getattr(getattr(o, 'data', None), 'follow', 'clean')
+    r = None if follow == 'clean' else released(follow)
+    return {k: getattr(r, k) for k in ('absent', 'retry_query', 'retry_support', 'query_classes')} if r else {}
+
+def follow_source(
+    o,       # Options of a method
+    source,  # Labelled source images; their table is changed in place
+):
+    "DIP: the crop rule of the followed source wants an id that is ignored otherwise."
+    if habits(o) and not keep_raw(source) and RETRY[o.data.follow][0] == RAW_ONE:
+        print(f'note: --follow {o.data.follow}: the labels of --source have no raw ids, no crop is drawn again for raw id 1')
 
 # %% ../nbs/07_shell/01a_options.ipynb #882c0b4c
 def situation_of(

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['METHOD', 'focal_loss', 'balance_map', 'pixadv_loss', 'discriminator_losses', 'distillation', 'Focal', 'PixDA',
-           'segmentation_loss', 'transfer_style', 'in_groups', 'predictions', 'step', 'optimizers_for',
-           'discriminators', 'realness', 'score_images', 'select', 'distillation_step', 'train']
+           'segmentation_loss', 'transfer_style', 'predictions', 'step', 'optimizers_for', 'discriminators', 'realness',
+           'score_images', 'select', 'distillation_step', 'train']
 
 # %% ../nbs/05_methods/07_pixda.ipynb #e2bd103b
-import json
+import json, warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -20,11 +20,10 @@ from tqdm import tqdm
 from .core import InputError, atomic_path
 from .datasets import take
 from .deeplab import released_repeats
-from .dip_net import BATCH_NORMS
 from .discriminators import SOURCE, TARGET, domain_loss, pixda_image_discriminator, pixda_pixel_discriminator
 from .feeding import Feed, network_input
 from .few_shot import uniform_index
-from .labels import IGNORE
+from .labels import IGNORE, SPACES
 from .methods import Job, Method, accelerator_of, learn, run_of
 from .mixing import fda
 
@@ -32,7 +31,7 @@ from .mixing import fda
 from .optimization import first_by_itself, make_optimizer, parameter_groups, polynomial, schedule
 from .pixel_losses import shared_forward
 from .recipes import Situation, learning_rate, part, size
-from .processes import for_processes, mean_over, sum_over, wait_long
+from .processes import for_processes, in_groups, mean_over, sum_over, wait_long
 from .streams import feed, few_labelled, labelled, paired, stacked
 from .teachers import frozen
 from .training import Train, accelerator_for, bare
@@ -42,7 +41,7 @@ from .windows import PIXDA_WINDOW, Window, check_fits, resized_whole, scaled
 def focal_loss(
     logp,         # (B,K,H,W) log-probabilities
     labels,       # (B,H,W), 255 = ignore
-    alpha=None,   # (K,) weights; None: the released ones, 0.25 for building and 0.75 for the rest
+    alpha=None,   # (K,) weights; None: the released ones, 0.25 for building and 0.75 for the rest, see `Focal.weights`
     gamma=2.,     # Power
     eps=1e-6,     # Added to the probability
     reduce=None,  # Tensor -> its sum over all processes
@@ -102,11 +101,24 @@ class Focal:
     gamma:float = 2.              # How fast pixels that are right already fade out
     alpha:float = .75             # Weight of a class
     alpha_building:float = .25    # Weight of one class alone ...
-    building:int|None = 2         # ... this one (train id); None: all are alike
+    building:int|None|str = 'building'  # ... this one, by train id or name; None, or a name that no class has: all are alike
+
+    def among(self, classes):     # Names of the classes -> Focal
+        "The same with a train id for the name."
+        at,K = self.building,len(classes)
+        if isinstance(at, str):
+            at = next((k for k,c in enumerate(classes) if c.casefold() == at.casefold()), None)
+            none = f'no class is called {self.building!r} (there are {", ".join(classes)}): the focal loss weighs all alike'
+            if at is None: warnings.warn(none)
+        elif at is not None and not 0 <= at < K: raise InputError(f'building is {at}; expected a train id 0..{K-1}, a name or None')
+        return replace(self, building=at)
 
     def weights(self, num_classes, device=None):  # (K,)
-        "The weight of each class."
-        return torch.tensor([self.alpha_building if k == self.building else self.alpha for k in range(num_classes)], device=device)
+        "The weight of each class; a name is that of the known class space of this size (`SPACES`)."
+        at = self.building
+        known = (s.classes for s in SPACES.values() if s.num_classes == num_classes and at in s.classes)
+        if isinstance(at, str): at = next((c.index(at) for c in known), None)
+        return torch.tensor([self.alpha_building if k == at else self.alpha for k in range(num_classes)], device=device)
 
 # %% ../nbs/05_methods/07_pixda.ipynb #0a6d45c4
 @dataclass
@@ -156,21 +168,6 @@ def transfer_style(
     return x_s.float() if beta is None else fda(x_s.float(), x_t.float(), beta)
 
 # %% ../nbs/05_methods/07_pixda.ipynb #400beea1
-def in_groups(
-    net,             # Network
-    images,          # (B,3,H,W) normalised
-    group:int=None,  # Images that share batch-norm statistics; None: all
-)->Tensor:           # (B,K,h,w)
-    "Forward in groups that do not see each other's statistics; the stored ones hear of the first group only."
-    if group is None or group >= len(images) or not net.training: return net(images)
-    first,*others = images.split(group)
-    maps,norms = [net(first)],[m for m in net.modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
-    for m in norms: m.track_running_stats = False
-    try: maps += [net(x) for x in others]
-    finally:
-        for m in norms: m.track_running_stats = True
-    return torch.cat(maps)
-
 def predictions(
     net,             # Network
     images,          # (B,3,H,W) in 0..255
@@ -363,6 +360,7 @@ def _both(job, until='distill'):
     "Both phases, or the first."
     if not len(job.target): raise InputError('the target has 0 labelled images, expected at least 1')
     for data in (job.source, job.target): check_fits(job.cfg.window, data)
+    if job.cfg.loss == 'focal': job = replace(job, cfg=replace(job.cfg, focal=job.cfg.focal.among(job.source.space.classes)))
     game = _prepared(job, acc := accelerator_of(job))
     done = _passes(job, game, acc)
     if done['finished'] and until == 'distill' and job.cfg.kd_steps:
@@ -392,9 +390,9 @@ def _fitted(s:Situation):
     small = dict(disc_width=16, bn_group=None) if s.tiny else {}
     window = replace(PIXDA_WINDOW, **dict(zip(('base_height', 'base_width'), size(s, 1024*512))))
     return PixDA(lr=learning_rate(s, .02), threshold=.3, threshold_step=.05, head_factor=1., repeats='one', length=2*s.steps,
-                 kd_steps=part(s, .25), focal=Focal(building=2 if s.classes == 19 else None), window=window, **small)
+                 kd_steps=part(s, .25), window=window, **small)
 
 METHOD = Method(
     'pixda', 'Adapt with PixDA and a few labelled target images.', PixDA, (('pixda', _both),), net='pixda_resnet101', target='few',
-    steps=30_000, feed=lambda cfg: Feed(height=cfg.window.base_height or None), fitted=_fitted,
+    steps=30_000, feed=lambda cfg: Feed(height=cfg.window.base_height or None, width=cfg.window.base_width or None), fitted=_fitted,
     often=('lr', 'loss', 'adversarial', 'threshold', 'threshold_step', 'kd_steps', 'window.base_height', 'window.base_width'))

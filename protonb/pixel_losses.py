@@ -158,9 +158,9 @@ def importance(
     logits,         # (K,...), classes first
     kind='logits',  # What is compared: 'logits' (released), 'probs', or 'clamped': logits, the result kept in 0..1
 )->Tensor:          # (...)
-    "1 - second/first of the two best values at each pixel."
+    "1 - second/first of the two best values at each pixel; where the best is 0: 0 for a tie, else 1."
     best,second = two_largest(logits.softmax(0) if kind == 'probs' else logits)
-    w = 1 - second/best
+    w = torch.where(best == 0, (second < 0).to(best), 1 - second/best)
     return w.clamp(0, 1) if kind == 'clamped' else w
 
 # %% ../nbs/02_ops/05_pixel_losses.ipynb #1538b199

@@ -6,7 +6,7 @@
 __all__ = ['TILE_BYTES', 'RUN', 'PARTS', 'one_hot_masks', 'wide', 'full_precision', 'tiles', 'sum_type', 'long_product',
            'weighted_sums_fwd', 'weighted_sums_bwd', 'gradient_rows', 'row_sums_bwd', 'class_weights',
            'pool_and_pass_ref', 'masked_average_pool_ref', 'pool_fwd', 'laid_out', 'pool_bwd', 'grid_positions',
-           'soft_masks', 'labels_on_grid']
+           'soft_masks', 'labels_on_grid', 'grid_masks']
 
 # %% ../nbs/02_ops/01_pooling.ipynb #851365f2
 from contextlib import nullcontext
@@ -312,16 +312,29 @@ def soft_masks(
     return out
 
 # %% ../nbs/02_ops/01_pooling.ipynb #05e4d067
+def _strides(labels, size):
+    "Steps (rows, columns) from one grid position to the next where each falls on a pixel, else None."
+    (H,W),(h,w) = labels.shape[-2:],size
+    if min(h, w, H, W) > 1 and (H-1)%(h-1) == 0 and (W-1)%(w-1) == 0: return (H-1)//(h-1), (W-1)//(w-1)
+
 def labels_on_grid(
     labels,                # (B,H,W) class ids
     size:tuple,            # (h,w) of the grid
     ignore_index:int=255,  # Written where a position is not purely of one class
 )->torch.Tensor:           # (B,h,w), dtype of `labels`
     "The class that fully owns each grid position; `ignore_index` where two classes share it."
-    (H,W),(h,w) = labels.shape[-2:],size
-    if min(h, w, H, W) > 1 and (H-1)%(h-1) == 0 and (W-1)%(w-1) == 0:
-        return labels[:,::(H-1)//(h-1),::(W-1)//(w-1)]
+    if steps := _strides(labels, size): return labels[:,::steps[0],::steps[1]]
     got,weight = _corners(labels, size)
-    main = got.gather(1, weight.argmax(0).expand(len(labels), 1, h, w))
+    main = got.gather(1, weight.argmax(0).expand(len(labels), 1, *size))
     share = ((got == main)*weight).sum(1)
     return torch.where(share >= 1-1e-6, main[:,0], ignore_index)
+
+# %% ../nbs/02_ops/01_pooling.ipynb #gm000002
+def grid_masks(
+    labels,                # (B,H,W) class ids
+    num_classes:int,       # K
+    size:tuple,            # (h,w) of the grid
+    ignore_index:int=255,  # Label that belongs to no class
+)->torch.Tensor:           # (B,h,w) ids where every grid position falls on a pixel, else (B,K,h,w) shares
+    "What the resized masks of all classes come to, for `masked_average_pool`."
+    return labels_on_grid(labels, size, ignore_index) if _strides(labels, size) else soft_masks(labels, num_classes, size, ignore_index)

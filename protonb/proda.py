@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from .colour import rand_augment, warp_batch
+from .core import InputError
 from .deeplab import released_repeats, resize
 from .dip_net import set_train
 from .discriminators import SOURCE, class_map, discriminator_step, domain_loss, proda_discriminator
@@ -219,6 +220,14 @@ def image_means(
         found.append(predicted_means(*net(network_input(net, dataset[i][0][None].to(device), kind), features=True)))
     return tuple(torch.cat(t) for t in zip(*found))
 
+# %% ../nbs/05_methods/05_proda.ipynb #pro000a0
+def _made_with(prototypes, path, **settings):
+    "The prototypes of a file, refused where it says that they were made otherwise."
+    was = {k: prototypes.meta.get(k, v) for k,v in settings.items()}
+    odd = [f'{k}={was[k]}, not {k}={v}' for k,v in settings.items() if was[k] != v]
+    if odd: raise InputError(f'{path}: these prototypes were made with {", ".join(odd)}; give another file')
+    return prototypes
+
 # %% ../nbs/05_methods/05_proda.ipynb #9d20eacb
 def init_prototypes(
     net,              # Network after the warm-up
@@ -232,12 +241,13 @@ def init_prototypes(
     progress=True,    # Show a bar
 )->Prototypes:
     "Prototypes of the classes as the network predicts them on the target images."
-    if path and Path(path).exists(): return load_prototypes(path, dataset.space)
     n = len(dataset) if plain_mean else max(len(dataset)//drop, 1)*drop
+    if path and Path(path).exists():
+        return _made_with(load_prototypes(path, dataset.space), path, images=n, passes=1 if plain_mean else passes, kind=kind)
     vectors,counts = image_means(net.eval(), dataset, range(min(n, len(dataset))), kind, progress)
     how = dict(passes=1, cap=len(vectors)) if plain_mean else dict(passes=passes)
     means,seen = running_means(vectors, counts, **how)
-    made = Prototypes(means.cpu(), seen.cpu().long(), tuple(dataset.space.classes), dict(images=n, **how))
+    made = Prototypes(means.cpu(), seen.cpu().long(), tuple(dataset.space.classes), dict(images=n, kind=kind, **how))
     if path: save_prototypes(path, made)
     return made
 

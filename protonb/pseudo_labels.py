@@ -9,7 +9,7 @@ __all__ = ['STEPS', 'DTYPES', 'class_probabilities', 'labels_and_confidence', 'c
            'coverage', 'soft_path', 'write_soft', 'SoftLabels', 'soft_map', 'soft_label']
 
 # %% ../nbs/04_learning/06_pseudo_labels.ipynb #517513bb
-import copy, json, shutil
+import copy, hashlib, json, shutil
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
@@ -21,6 +21,7 @@ from .datasets import read_label, take
 from .evaluation import enlarged_rows
 from .labels import IGNORE, ClassSpace
 from .transforms import resize_image
+from .weights import state_id
 
 # %% ../nbs/04_learning/06_pseudo_labels.ipynb #0c76e410
 def _view_size(scale, size):
@@ -264,9 +265,10 @@ def _read_json(path, keys, what):
 def _save_json(path, d): _save(path, lambda p: p.write_text(json.dumps(d, separators=(',', ':'))))
 
 def _agree(path, old, new):
-    "A folder goes on only as it began."
+    "A folder goes on only as it began; older ones do not say by which network."
     for k, v in new.items():
-        if old.get(k) != v: raise InputError(f'{path}: these labels were made with {k}={old.get(k)}, not {k}={v}; give another folder')
+        if old.get(k, v if k == 'network' else None) != v:
+            raise InputError(f'{path}: these labels were made with {k}={old.get(k)}, not {k}={v}; give another folder')
 
 # %% ../nbs/04_learning/06_pseudo_labels.ipynb #2ec591bc
 _HIST_KEYS, _HIST_WHAT = ('classes', 'bins', 'counts', 'names'), 'the counts that write_labels leaves'
@@ -331,6 +333,15 @@ def _fold(ledger):
     for path in ledger.new: path.unlink()
     ledger.new = []
 
+# %% ../nbs/04_learning/06_pseudo_labels.ipynb #pl0000a0
+def _network(segment, name):
+    "Which network labels: what it is called, or its weights, prototypes and feed where it is a segmenter."
+    if not name and hasattr(segment, 'net'):
+        P,fed = segment.prototypes,{k: v for k,v in segment.feed.to_dict().items() if v is not None}
+        more = {} if P is None else dict(matrix=P.matrix, valid=P.valid)
+        name = hashlib.sha256(f'{state_id(segment.net.state_dict())} {state_id(more)} {sorted(fed.items())}'.encode()).hexdigest()[:16]
+    return dict(network=name) if name else {}
+
 # %% ../nbs/04_learning/06_pseudo_labels.ipynb #cd94b486
 class _Images:
     "Chosen images with their index, without labels; a class so that loader workers can have it."
@@ -388,9 +399,10 @@ def write_labels(
     workers=0,        # Processes that read images ahead
     progress=True,    # Show a bar
     save_every=100,   # Images between two writings of histogram.json
+    network='',       # What to call the network: a folder is not gone on with by another; by its weights when left out
 )->Summary:           # Numbers of images, and the histogram of the whole folder
     "Write train ids and confidence of every image; a run that was killed goes on where it was."
-    names, ledger = _checked_names(dataset), _Ledger(out_dir, space, _views(scales, flip, soft_before))
+    names, ledger = _checked_names(dataset), _Ledger(out_dir, space, _views(scales, flip, soft_before) | _network(segment, network))
     _fold(ledger)
     todo = [i for i, n in enumerate(names) if n not in ledger.names or not _finished(out_dir, n)]
     for i, image in _loaded(dataset, todo, workers, progress, 'labelling'):
@@ -505,21 +517,21 @@ def write_soft(
 )->Summary:        # Numbers of images
     "Write the softmax of every image at the segmenter's resolution; a run that was killed goes on where it was."
     if dtype not in DTYPES: raise ValueError(f'dtype is {dtype!r}; expected one of {", ".join(map(repr, DTYPES))}')
-    names, head = _checked_names(dataset), Path(out_dir)/'soft.json'
-    if head.exists(): _agree(head, _read_json(head, ('dtype', 'classes'), 'the header of soft labels'), dict(dtype=dtype))
+    names, head, about = _checked_names(dataset), Path(out_dir)/'soft.json', dict(dtype=dtype, **_network(segment, ''))
+    if head.exists(): _agree(head, _read_json(head, ('dtype', 'classes'), 'the header of soft labels'), about)
     todo = [i for i, n in enumerate(names) if not (head.exists() and soft_path(out_dir, n).exists())]
     for i, image in _loaded(dataset, todo, workers, progress, 'labelling'):
         p = segment(image[None].to(device))[0].float().clamp(min=-1e30).softmax(0)
-        _soft_head(head, dtype, len(p), p.isfinite().all(), names[i])
+        _soft_head(head, about, len(p), p.isfinite().all(), names[i])
         _save(soft_path(out_dir, names[i]), lambda path: np.save(path, _packed(p, dtype).cpu().numpy()))
     return Summary(len(todo), len(names)-len(todo))
 
 # %% ../nbs/04_learning/06_pseudo_labels.ipynb #cda3289c
-def _soft_head(head, dtype, K, finite, name):
+def _soft_head(head, about, K, finite, name):
     "Write the header with the first image; later images must agree with it."
     if not finite: raise InputError(f'{name}: the segmenter gives nan; the network has diverged')
     if head.exists(): return _agree(head, _read_json(head, ('classes',), 'the header of soft labels'), dict(classes=K))
-    _save_json(head, dict(dtype=dtype, classes=K))
+    _save_json(head, dict(about, classes=K))
 
 # %% ../nbs/04_learning/06_pseudo_labels.ipynb #fc0d33ab
 class SoftLabels:

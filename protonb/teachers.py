@@ -8,6 +8,7 @@ __all__ = ['update_average', 'frozen', 'average_of', 'without_gradient', 'adapt_
 # %% ../nbs/04_learning/10_teachers.ipynb #b9e4b753
 import copy
 from contextlib import contextmanager
+from itertools import zip_longest
 import torch
 from torch import nn
 from .dip_net import BATCH_NORMS
@@ -15,6 +16,15 @@ from .training import bare
 from .transforms import normalize, resize_image
 
 # %% ../nbs/04_learning/10_teachers.ipynb #1f2a5737
+def _pairs(slow, fast):
+    "Tensors of two networks side by side; ValueError with the first that has no equal."
+    both = list(zip_longest(slow, fast, fillvalue=('no more', None)))
+    for (m,a),(n,b) in both:
+        if a is None or b is None or a.shape != b.shape:
+            said = (f'{name} {tuple(t.shape)}' if t is not None else name for name,t in ((m, a), (n, b)))
+            raise ValueError('the networks differ: where the average has {}, the other has {}'.format(*said))
+    return [(a, b) for (_,a),(_,b) in both]
+
 @torch.no_grad()
 def update_average(
     average,     # The slow network, changed in place
@@ -24,10 +34,10 @@ def update_average(
 ):
     "Exponential moving average of the parameters. A handful of launches for any number of tensors."
     slow,fast = bare(average),bare(net)
-    pairs = [] if statistics is None else list(zip(slow.buffers(), fast.buffers()))
+    pairs = [] if statistics is None else _pairs(slow.named_buffers(), fast.named_buffers())
     mean = [p for p in pairs if statistics and p[0].is_floating_point()]
     copy = [p for p in pairs if not (statistics and p[0].is_floating_point())]
-    a,b = zip(*zip(slow.parameters(), fast.parameters()), *mean)
+    a,b = zip(*_pairs(slow.named_parameters(), fast.named_parameters()), *mean)
     torch._foreach_lerp_(a, b, 1-decay)
     if copy: torch._foreach_copy_(*map(list, zip(*copy)))
 

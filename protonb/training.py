@@ -342,6 +342,7 @@ def _agreement(acc):
 
 # %% ../nbs/04_learning/02_training.ipynb #d3ca27a5
 FREE = {f'train.{n}' for n in ('workers', 'log_every', 'checkpoint_every', 'keep', 'device', 'batch_size')}
+FREE |= {'config.feed.width'}     # older runs lack it
 
 def _plain(value):
     "A configuration as JSON gives it back."

@@ -9,6 +9,7 @@ __all__ = ['MEAN', 'STD', 'DIP_AUGMENT', 'normalize', 'resize_label', 'resize_im
 # %% ../nbs/01_data/04_transforms.ipynb #d437beb6
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,12 +21,17 @@ from .labels import IGNORE
 MEAN = (0.485, 0.456, 0.406)  # Mean of ImageNet, RGB, 0..1
 STD = (0.229, 0.224, 0.225)   # Its standard deviation
 
+@lru_cache(maxsize=None)
+def _mean_std(device):
+    "Mean and deviation of the bytes on a device, moved there once; the cache is not to keep tensors that autograd refuses."
+    with torch.inference_mode(False): return tuple(torch.tensor(v, device='cpu').mul(255).to(device)[:,None,None] for v in (MEAN, STD))
+
 def normalize(
     images,  # (B,3,H,W) or (3,H,W), uint8 or float, 0..255, RGB
 ):           # Same shape, float32, about zero mean and unit variance
     "(x/255 - MEAN)/STD on the device of `images`."
     if images.ndim < 3 or images.shape[-3] != 3: raise ValueError(f'images must be (B,3,H,W), got {tuple(images.shape)}')
-    mean, std = (torch.tensor(v).mul(255).to(images.device)[:,None,None] for v in (MEAN, STD))
+    mean, std = _mean_std(images.device)
     return (images.float() - mean)/std
 
 # %% ../nbs/01_data/04_transforms.ipynb #bd634f7e

@@ -10,7 +10,7 @@ __all__ = ['METHOD', 'pixel_loss', 'image_loss', 'step', 'forward_with_features'
 
 # %% ../nbs/05_methods/06_wdass.ipynb #0abc81ec
 import math
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, get_args, get_origin
 import torch
 from torch import Tensor
@@ -25,11 +25,11 @@ from .ops import logits_cross_entropy, prototype_logits
 from .optimization import first_step_full_lr, linear_warm_up, make_optimizer, parameter_groups, polynomial, schedule
 from .pixel_losses import edge_loss
 from .recipes import Situation, crop, learning_rate, memory, part
-from .processes import for_processes, held, sum_over
+from .processes import OwnRows, for_processes, held, sum_over
 from .streams import labelled, paired, stacked, weakly_labelled
 from .teachers import average_of, update_average
 from .weighted_prototypes import PrototypeMemory, contrast, domain_prototypes, merge_labels, sample_anchors, sure
-from .windows import WDASS_TARGET_WINDOW, Window, check_fits
+from .windows import WDASS_TARGET_WINDOW, Window, check_fits, image_sizes, scaled
 
 # %% ../nbs/05_methods/06_wdass.ipynb #7130d9aa
 def pixel_loss(
@@ -96,14 +96,16 @@ def confident(
     top,ids = logits.detach().float().max(1)
     return ids, (top - logits.detach().float().logsumexp(1)).exp()
 
+def _rows(height): return (15, 120) if height > 135 else (15*height//512, 120*height//512)     # released for 512 rows
+
 def mixing_weight(
     confidence,         # (B,H,W) of the teacher
     threshold=.968,     # A pixel counts from here on
-    rows=(15, 120),     # Rows at the top and bottom that never count
+    rows=None,          # Rows at the top and bottom that never count; None: 15 and 120, or their share of a window they would cover
 )->Tensor:              # (B,H,W)
     "The share of sure pixels of the whole batch where a pixel is sure, else 0."
     sure = (confidence >= threshold).float()
-    weight = sure*sure.mean()
+    weight,rows = sure*sure.mean(),rows or _rows(confidence.shape[1])
     weight[:, :rows[0]] = weight[:, weight.shape[1]-rows[1]:] = 0
     return weight
 
@@ -258,6 +260,15 @@ def add_gradients(
     return {k: v.detach() for k,v in losses.items()}
 
 # %% ../nbs/05_methods/06_wdass.ipynb #4b49bcd0
+def _check_rows(cfg, target):
+    "Masked rows that leave something of every window, before the first step."
+    w,(top,low) = cfg.window,cfg.mix.mask_rows
+    if min(top, low) < 0: raise InputError(f'mix.mask_rows is {(top, low)}; expected two numbers of rows from 0')
+    if not top+low: return
+    rows = w.crop_height or min((scaled(w, size, w.low)[0] for _,size in image_sizes(target)), default=top+low+1)
+    if top+low >= rows: raise InputError(f'mix.mask_rows is {(top, low)}, which covers a window of {rows} rows: no target pixel '
+                                         f'would count in a mix; expected less, for example {_rows(rows)}, or a higher window')
+
 def weak_pairs(
     source,         # Labelled source: items are (image uint8 (3,H,W), label (H,W))
     target,         # Weakly labelled target: items are (image uint8 (3,H,W), weak label (H',W') with 255); has `space`
@@ -269,18 +280,6 @@ def weak_pairs(
     window,weak = check_fits(cfg.window, target),dict(kind=cfg.labels, tags_of=cfg.image_label_scope)
     wide = check_fits(replace(window, base_height=cfg.source_height, base_width=cfg.source_width), source)
     return paired(source=labelled(source, wide, seed, colour=colour), target=weakly_labelled(target, window, seed, colour=colour, **weak))
-
-# %% ../nbs/05_methods/06_wdass.ipynb #5d2f8d00
-class _Rows:
-    "The memory as a checkpoint holds it: the main process writes it, and each process finds its own rows there again."
-    def __init__(self, memory, acc): self.memory,self.acc = memory,acc
-    def after(self, log):
-        if self.acc.num_processes > 1: self.all = {d: self.acc.gather(t[None]) for d,t in self.memory.state_dict().items()}
-        return log
-    def state_dict(self): return self.all if self.acc.num_processes > 1 else self.memory.state_dict()
-    def load_state_dict(self, state):
-        mine = lambda t: t if t.ndim == 2 else t[self.acc.process_index % len(t)]
-        self.memory.load_state_dict({d: mine(t) for d,t in state.items()})
 
 # %% ../nbs/05_methods/06_wdass.ipynb #6a82e62f
 def sgd_and_schedule(
@@ -298,12 +297,13 @@ def adapt_weakly(
 )->dict:        # step reached, and whether the run is finished
     "The one stage; the student is the result."
     acc,cfg = accelerator_of(job),job.cfg
+    _check_rows(cfg, job.target)
     net = for_processes(job.net, acc)
     teacher = slow_copy(net, cfg, job.run.seed).to(acc.device, memory_format=torch.channels_last)
     memory = PrototypeMemory(net.num_classes, net.channels).to(acc.device)
     opt,sched = sgd_and_schedule(net, cfg)
     net,opt = acc.prepare(net, opt)
-    seed,rows = job.run.seed,_Rows(memory, acc)
+    seed,rows = job.run.seed,OwnRows(memory, acc)
     if acc.num_processes > 1: seed = int(rng_for(seed, 'process', acc.process_index).integers(2**62))     # each draws its own
     one = lambda batch: rows.after(step(net, teacher, memory, opt, sched, batch, cfg, seed, acc.backward, acc))
     parts = dict(net=net, teacher=teacher, memory=rows, opt=opt, sched=sched)

@@ -20,7 +20,7 @@ from .datasets import Cached, Mapped, PairFolder, Part, Resized
 from .distance import bilinear_weights
 from .files import image_size
 from .labels import IGNORE
-from .pseudo_labels import HardLabels, SoftLabels, Unlabelled
+from .pseudo_labels import HardLabels, PartlyLabelled, SoftLabels, Unlabelled
 from .transforms import Augment, augment, resize_image, resize_label
 from .weak_labels import WeakLabels
 
@@ -309,5 +309,6 @@ def _file(dataset, i, n):
     "The file of image i, where a data set hands out images as they lie there."
     if not n or isinstance(dataset, Resized): return None
     if isinstance(dataset, Part): return _file(dataset.dataset, dataset.indices[i], n)
+    if isinstance(dataset, PartlyLabelled): return _file(dataset.all, i, n)
     if isinstance(dataset, (Cached, Mapped, Unlabelled, HardLabels, SoftLabels, WeakLabels)): return _file(dataset.dataset, i, n)
     return dataset.image_paths[i] if isinstance(dataset, PairFolder) else None

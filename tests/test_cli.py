@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from protonb.cli import main
+from protonb.cli import announce, main, open_job, parse
 from protonb.dip_net import dip_small
 from protonb.weights import save_weights
 
@@ -306,3 +306,38 @@ def test_few_labelled_images_from_the_shell(tmp_path, capsys):
     fails(few(tmp_path / "x", "--few", "drawn", "--shots", "9"), capsys, "k is 9", out=tmp_path / "x")
     listed.write_text("nobody\n")
     fails(few(tmp_path / "x", "--few", str(listed)), capsys, "nobody", out=tmp_path / "x")
+
+
+FOLLOW = ["train", "dip", "--source", "streets:synthetic,count=4,size=65x129", "--target", "streets:real,count=4,size=65x129", "--out", "r",
+          "--net", "dip_small", "--steps", "4", "--batch-size", "1"]
+
+
+@pytest.mark.parametrize("recipe", ["fitted", "released"])
+@pytest.mark.parametrize("more,want", [
+    (["--follow", "gta5"], dict(absent="zero", retry_query=253, retry_support=253, query_classes=2)),
+    (["--follow", "cityscapes"], dict(absent="zero", retry_query=1, retry_support=1, query_classes=3)),
+    (["--follow", "gta5", "--absent", "skip_both", "--query-classes", "5"], dict(absent="skip_both", retry_query=253, query_classes=5)),
+    (["--retry-query", "7", "--follow", "synthia"], dict(retry_query=7, retry_support=253)),
+    (["--lr", "0.3", "--follow", "bdd100k", "--retry-support", "None"], dict(lr=.3, retry_support=None, retry_query=1))])
+def test_options_win_over_the_source_that_is_followed(capsys, recipe, more, want):
+    o = parse([*FOLLOW, "--recipe", recipe, *more])
+    assert {k: getattr(o.hyper, k) for k in want} == want
+    announce(o)
+    told = [line for line in capsys.readouterr().out.splitlines() if "as given" in line]
+    given = {"--absent", "--query-classes", "--retry-query", "--retry-support"} & set(more)
+    assert len(told) == len(given) and all("--follow" in line for line in told)
+
+
+def test_who_follows_a_source_without_raw_ids_is_told(tmp_path, capsys):
+    o = parse([*FOLLOW, "--follow", "gta5", "--shots", "1", "--allow-missing", "--crop-height", "65", "--crop-width", "129"])
+    open_job(o)
+    assert "the labels of --source have no raw ids" in capsys.readouterr().out
+
+
+def test_dip_says_that_its_target_has_no_labels(camvid, tmp_path, capsys):
+    out = tmp_path / "r"
+    dip = ["train", "dip", "--source", f"camvid:{camvid}", "--out", out, *FAST, "--shots", "1"]
+    fails([*dip, "--target", f"images:{camvid / 'train'}"], capsys, "--target images:", "has no labels for its 3 images", out=out)
+    for path in (camvid / "trainannot").iterdir():
+        Image.fromarray(np.full(SIZE, 11, np.uint8)).save(path)
+    fails([*dip, "--target", f"camvid:{camvid}"], capsys, f"--target camvid:{camvid}", "label", out=out)

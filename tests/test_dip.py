@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from protonb import dip
 from protonb.core import InputError, rng_for
-from protonb.datasets import take
+from protonb.datasets import Cached, open_dataset, resized, take
 from protonb.dip_net import dip_small
 from protonb.evaluation import Scores, confusion_matrix, label_map
 from protonb.feeding import Feed, segmenter
@@ -304,3 +305,56 @@ def test_the_crop_rule_sees_the_raw_id_that_the_table_ignores():
         make = dip.episodes(Pairs([wide]), support, cfg)
         at[name] = np.mean([(make(p)["labels"][0, 62] == 255).float().mean() for p in range(20)])
     assert at["released"] > 2 * at["clean"] + .1
+
+
+# ----------------------------------------------------------------------------------------- other sizes, networks, data sets
+
+@pytest.mark.parametrize("size,grid", [((64, 96), (8, 12)), ((66, 100), (9, 13)), ((65, 129), (9, 17)), ((40, 41), (6, 6))])
+def test_prototypes_of_a_grid_that_does_not_divide_are_those_of_resized_masks(size, grid):
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 4, (1, 2, -(-size[0]//5), -(-size[1]//5)), generator=g).repeat_interleave(5, 2).repeat_interleave(5, 3)
+    labels = labels[..., :size[0], :size[1]].clone()
+    labels[labels == 3] = 255
+    features = torch.randn(2, 6, *grid, generator=g, dtype=torch.float64)
+    hot = torch.stack([labels[:, 1] == k for k in range(3)], 1).double()
+    masks = F.interpolate(hot, grid, mode="bilinear", align_corners=True)
+    protos = torch.einsum("bkhw,bchw->bkc", masks, features[1:]) / (masks.sum((2, 3)) + CFG.pool_eps)[..., None]
+    logits = CFG.scale * torch.einsum("bchw,kc->bkhw", F.normalize(features, dim=1), F.normalize(protos[0], dim=1))
+    big = F.interpolate(logits, size, mode="bilinear", align_corners=True)
+    want = F.cross_entropy(big, labels.transpose(0, 1)[:, 0], ignore_index=255, reduction="none")
+    got = dip.episode_losses(features, labels, torch.ones(1, 3, dtype=torch.bool), CFG)
+    for i in (0, 1):
+        known = labels[0, i] != 255
+        assert got[i].item() == pytest.approx(want[i][known].mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("promised,freeze,want", [((), None, set()), (("layer0",), None, {"layer0"}), (("layer0",), (), set()),
+                                                  ((), ("layer1", "ppm"), {"layer1", "ppm"})])
+def test_what_is_frozen_is_what_the_network_names_unless_told(prepared, promised, freeze, want):
+    net = dip_small()
+    net.frozen_prefixes = promised
+    prepared(net, replace(CFG, freeze=freeze), steps=5)
+    assert {n.split(".")[0] for n, p in net.named_parameters() if not p.requires_grad} == want
+
+
+def test_a_part_that_the_network_lacks_cannot_be_frozen(prepared):
+    with pytest.raises(InputError, match="freeze: the network has no part 'layer9', expected some of layer0, layer1, "):
+        prepared(dip_small(), replace(CFG, freeze=("layer0", "layer9")), steps=5)
+
+
+@pytest.mark.parametrize("wrap", [lambda d: d, lambda d: resized(d, (4, 6)), Cached, lambda d: Cached(resized(take(d, [0]), (4, 6)))])
+def test_the_raw_id_is_kept_however_a_data_set_is_wrapped(tmp_path, wrap):
+    for name in ("images", "labels"): (tmp_path/name).mkdir()
+    Image.fromarray(np.zeros((8, 12, 3), np.uint8)).save(tmp_path/"images"/"00001.png")
+    Image.fromarray(np.repeat([[1, 7], [0, 23]], 4, 0).repeat(6, 1).astype(np.uint8)).save(tmp_path/"labels"/"00001.png")
+    bare = open_dataset(f"gta5:{tmp_path}")
+    data = wrap(bare)
+    data[0]                                              # a cache that has read it already
+    assert dip.keep_raw(data)
+    assert bare[0][1].unique().tolist() == [0, 10, 253, 255]
+    assert data[0][1].unique().tolist() == [0, 10, 253, 255]
+
+
+def test_a_drawn_data_set_has_no_raw_ids(target):
+    assert not dip.keep_raw(target) and not dip.keep_raw(Cached(resized(target, (33, 65))))
+    assert (target[0][1] != 253).all()

@@ -319,3 +319,28 @@ def test_real_label_against_itself():
     label = torch.from_numpy(np.array(Image.open(next((DATA/'camvid'/'valannot').glob('*.png'))))).long()
     s = Scores(confusion_matrix(label.clamp(max=10), torch.where(label == 11, 255, label), 11), CAMVID)
     assert s.accuracy == 1 and s.miou == 1
+
+# other scores
+
+@pytest.mark.parametrize('absent,accuracy,precision', [('skip_both', (3/4+1)/2, (1+2/3)/2), ('skip_gt', (3/4+1)/2, (1+2/3)/2),
+                                                       ('zero', (3/4+1)/3, (1+2/3)/3)])
+def test_a_class_that_is_not_there_counts_as_the_rule_has_it(absent, accuracy, precision):
+    s = Scores(torch.tensor([[3, 1, 0], [0, 2, 0], [0, 0, 0]]), THREE, absent)
+    assert s.mean_class_accuracy == pytest.approx(accuracy) and s.mean_class_precision == pytest.approx(precision)
+    assert s.frequency_weighted_iou == pytest.approx(4/6*3/4 + 2/6*2/3)
+    assert s.to_dict()['mean_class_precision'] == pytest.approx(precision, abs=1e-6)
+
+def test_precision_and_weighted_iou_against_scikit_learn():
+    from sklearn.metrics import jaccard_score, precision_score
+    truth, guess = ids(19, 40, 60, ignore=0).flatten(), ids(19, 40, 60, seed=3, ignore=0).flatten()
+    truth[truth == 4] = 5
+    s = Scores(confusion_matrix(guess[None], truth[None], 19), CITYSCAPES)
+    want = precision_score(truth, guess, average=None, labels=range(19))
+    np.testing.assert_allclose(s.class_precision.numpy(), want)
+    weighted = jaccard_score(truth, guess, average='weighted')
+    assert s.frequency_weighted_iou == pytest.approx(weighted) and s.to_dict()['frequency_weighted_iou'] == pytest.approx(weighted, abs=1e-6)
+
+def test_a_class_predicted_nowhere_has_no_precision():
+    s = Scores(torch.tensor([[3, 0, 0], [2, 0, 0], [0, 0, 0]]), THREE)
+    assert s.class_precision[0] == 3/5 and s.class_precision[1:].isnan().all() and s.class_accuracy[:2].tolist() == [1, 0]
+    assert np.isnan(Scores(torch.zeros(3, 3), THREE).frequency_weighted_iou) and np.isnan(Scores(torch.zeros(3, 3), THREE, 'zero').frequency_weighted_iou)

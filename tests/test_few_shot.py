@@ -6,7 +6,7 @@ import numpy as np, pytest
 from PIL import Image
 from protonb.core import InputError
 from protonb.datasets import Cached, camvid, cityscapes, resized
-from protonb.few_shot import city_of, draw_shots, few_shot, pixda_list, uniform_index
+from protonb.few_shot import city_of, draw_shots, few_shot, group_of, pixda_list, uniform_index
 from protonb.sampling import batches
 from protonb.streets import REAL, Streets
 
@@ -155,3 +155,16 @@ def test_uniform_index_faults():
 def test_batches_go_on_where_they_stopped():
     read = lambda first: [b.tolist() for b in batches(lambda p: uniform_index(p, 18, 5), steps=6, batch_size=4, first_step=first)]
     assert read(0)[3:] == read(3)
+
+@pytest.mark.parametrize('names,want', [(['aachen_1_2', 'aachen_3_4', 'ulm_1_2'], {'aachen', 'ulm'}), (['img1', 'img2', 'img3'], {'the whole set'}),
+    (['IMG_1', 'IMG_2', 'IMG_3'], {'IMG'}), (['a/1', 'a/2', 'b/1'], {'a', 'b'}), (['a/x/1', 'a/y/1', '3'], {'a/x', 'a/y', 'the whole set'}),
+    (['01_rgb', '02_rgb', '03_rgb'], {'the whole set'}), (['s/01_rgb', 's/02_rgb', 't/03_rgb'], {'s', 't'}), (['a_1', 'a_2', '3'], {'the whole set'})])
+def test_groups_of_names_without_a_city(names, want):
+    "A number of its own in front of every image makes no cities; one name without a city, and there are none."
+    group = group_of(names)
+    got = draw_shots(names, 1, group=group)
+    assert set(map(group, names)) == want and len(got) == len(want) == len({group(names[i]) for i in got})
+
+def test_too_few_images_without_a_city():
+    with pytest.raises(InputError, match='but the whole set has 2$'): draw_shots(['img1', 'img2'], 3, group=group_of(['img1', 'img2']))
+    with pytest.raises(InputError, match='0 groups'): draw_shots([], 1, group=group_of([]))

@@ -289,6 +289,14 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(target, tmp_path
     assert load_checkpoint(tmp_path / "parts", dict(net=net))["step"] == 6
 
 
+@pytest.mark.parametrize("other", [dict(seed=1), dict(adapt_bn=2)])
+def test_labels_of_another_source_model_are_refused(target, tmp_path, other):
+    label = lambda seed=0, **kw: iapc.pseudo_labels(target, small(seed), replace(CFG, **kw), run_dir=tmp_path, progress=False)
+    label()
+    with pytest.raises(InputError, match="these labels were made with network="): label(**other)
+    label()
+
+
 def test_a_crop_larger_than_the_image_is_refused_by_name():
     for pad, image in ((False, "scaled"), (True, "base")):     # the window itself says so, or the settings
         with pytest.raises(InputError, match=f"crop_width is 600.*{image} image"):

@@ -9,7 +9,7 @@ from protonb import distance, pooling
 from protonb.distance import METRICS
 from protonb.ops import (logits_cross_entropy, masked_average_pool, nearest_prototype, pool_and_pass, prototype_contrast,
                          prototype_cross_entropy, prototype_logits, use_backend)
-from protonb.pooling import labels_on_grid, soft_masks
+from protonb.pooling import grid_masks, labels_on_grid, soft_masks
 
 spec = importlib.util.spec_from_file_location('dip_head', Path(__file__).parents[1]/'benchmarks'/'dip_head.py')
 dip_head = importlib.util.module_from_spec(spec)
@@ -638,3 +638,14 @@ def test_everything_compiles(tile_bytes):
         pooled, _, same = pool_and_pass(x, y[1:], 3, images=slice(1, 2))
         return prototype_logits(same, pooled, metric='sqeuclidean'), logits_cross_entropy(prototype_logits(x, p), y), *nearest_prototype(x, p)
     for a, b in zip(torch.compile(everything, fullgraph=True, backend='aot_eager')(x, p, y), everything(x, p, y)): close(a, b, 1e-5)
+
+
+@pytest.mark.parametrize('size,grid,whole', [((65, 129), (9, 17), True), ((17, 17), (5, 5), True), ((17, 17), (6, 6), False), ((64, 96), (8, 12), False),
+                                             ((7, 9), (7, 9), True), ((33, 33), (1, 1), False)])
+def test_masks_on_a_grid_are_the_resized_ones(size, grid, whole):
+    y = torch.where(ids(2, *size, classes=4) == 3, 255, ids(2, *size, classes=4))
+    hot = torch.stack([y == k for k in range(3)], 1).float()
+    theirs = F.interpolate(hot, size=grid, mode='bilinear', align_corners=True)
+    ours = grid_masks(y, 3, grid)
+    assert (ours.ndim == 3) == whole
+    close(torch.stack([ours == k for k in range(3)], 1).float() if whole else ours, theirs, 1e-6)

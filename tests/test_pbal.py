@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from PIL import Image
 from torch.nn import functional as F
 
 from protonb import distillation, pbal
+from protonb.core import InputError
+from protonb.datasets import images
 from protonb.deeplab import pbal_small
 from protonb.discriminators import class_map, pbal_discriminator
 from protonb.distillation import Distill
@@ -17,6 +20,7 @@ from protonb.methods import Job, train
 from protonb.pbal import (BPL, PST, WarmUp, alignment, bpl_step, prototype_contrast_term,
                           pst_step)
 from protonb.processes import cross_entropy
+from protonb.pseudo_labels import Unlabelled
 from protonb.streets import REAL, SYNTHETIC, Streets
 from protonb.training import Train, checkpoints, poly_lr, read_metrics, read_states
 from protonb.transforms import normalize, resize_label
@@ -408,3 +412,21 @@ def test_killed_while_labelling(tmp_path, streets, unbroken, monkeypatch):
     with pytest.raises(OSError): whole_method(tmp_path, streets)
     state = whole_method(tmp_path, streets)['net'].state_dict()
     assert all(v.equal(state[k]) for k, v in unbroken.items())
+
+
+# ------------------------------------------------------------------------------------------------- odd shapes
+
+@pytest.mark.parametrize("odd", [(40, 140), (30, 64), (64, 31)])
+def test_a_photo_too_small_for_a_window_of_any_stage_is_named_before_the_first_step(tmp_path, odd):
+    for i in range(12):
+        Image.new("RGB", (odd if i == 5 else (64, 96))[::-1]).save(tmp_path / f"{i:02}.png")
+    own = Window(base_width=0, low=.6, crop_height=32, crop_width=20)
+    wide = Window(base_width=96, low=.8, crop_height=32, crop_width=32)
+    window = own if odd != (40, 140) else wide
+    stages = {k: replace(v, window=window if k == "distill" else Window(crop_height=8, crop_width=8)) for k, v in vars(pbal.PBAL()).items()}
+    job = Job(pbal.METHOD, pbal.PBAL(**stages), Train(steps=1, batch_size=2, device="cpu"), tmp_path / "run", pbal_small(), Streets(SYNTHETIC, 2, (64, 96)),
+              Unlabelled(images(tmp_path)))
+    with pytest.raises(InputError, match=rf"05.png: is {odd[0]}x{odd[1]}, too small for the window"): train(job)
+    assert not (tmp_path / "run").exists()
+    padded = replace(window, pad=True)
+    distillation.check_windows(pbal.PBAL(**{k: replace(v, window=padded) for k, v in stages.items()}), job.target)

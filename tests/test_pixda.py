@@ -19,12 +19,13 @@ from protonb.datasets import take
 from protonb.deeplab import iapc_small
 from protonb.deeplabv2 import pixda_resnet101, pixda_small
 from protonb.discriminators import pixda_image_discriminator, pixda_pixel_discriminator
-from protonb.labels import CITYSCAPES, IGNORE
+from protonb.feeding import segmenter
+from protonb.labels import CAMVID, CITYSCAPES, CITYSCAPES16, IGNORE
 from protonb.mixing import fda
 from protonb.pixda import PixDA
 from protonb.pixel_losses import shared_forward
 from protonb.streets import REAL, SYNTHETIC, Streets
-from protonb.training import Train, checkpoints, read_metrics, read_states
+from protonb.training import Train, changes, checkpoints, read_metrics, read_states
 from protonb.streams import few_labelled, labelled, paired
 from protonb.transforms import normalize
 from protonb.windows import PIXDA_WINDOW, look
@@ -98,6 +99,40 @@ def test_building_counts_a_third_and_the_weight_can_be_changed():
     off = replace(CFG, focal=pixda.Focal(building=None))
     assert pixda.segmentation_loss(logp, two, off).item() == pytest.approx(.75 * pixda.focal_loss(logp, two, flat).item())
     assert pixda.segmentation_loss(logp, two, replace(CFG, loss="ce")).item() == pytest.approx(F.cross_entropy(z, two).item())
+
+
+@pytest.mark.parametrize("names,building,want", [
+    (CITYSCAPES.classes, "building", 2), (CITYSCAPES16.classes, "building", 2), (CAMVID.classes, "building", 1), (CAMVID.classes, "Pole", 2),
+    (("car", "Building"), "building", 1), (("background", "object"), "building", None), (("a", "b", "c"), 2, 2), (("a", "b"), None, None)])
+def test_the_special_class_follows_its_name(names, building, want):
+    focal = pixda.Focal(building=building).among(names)
+    assert focal.building == want
+    assert focal.weights(len(names)).tolist() == [.25 if k == want else .75 for k in range(len(names))]
+
+
+def test_a_name_without_data_is_that_of_the_known_classes():
+    assert [pixda.Focal().weights(K).argmin().item() for K in (19, 16, 13, 11)] == [2, 2, 2, 1]
+    assert pixda.Focal().weights(2).tolist() == [.75, .75]
+    with pytest.raises(InputError, match=r"building is 2; expected a train id 0..1, a name or None"):
+        pixda.Focal(building=2).among(("a", "b"))
+
+
+class Renamed:
+    """Streets whose classes bear other names."""
+    def __init__(self, streets, **names):
+        self.streets, self.names = streets, streets.names
+        self.space = replace(CITYSCAPES, name="own", classes=tuple(names.get(c, c) for c in CITYSCAPES.classes))
+
+    def __len__(self): return len(self.streets)
+    def __getitem__(self, i): return self.streets[i]
+
+
+@pytest.mark.parametrize("names,want,said", [({}, 2, 0), (dict(building="house", car="building"), 13, 0), (dict(building="house"), None, 1)])
+def test_a_run_finds_building_by_name(tmp_path, streets, recwarn, names, want, said):
+    go(tmp_path, [Renamed(s, **names) for s in streets], run=short(2), until="passes")
+    config = json.loads((tmp_path / "config.json").read_text())["pass_01"]["config"]
+    assert config["hyper"]["focal"]["building"] == want
+    assert len([w for w in recwarn if "no class is called 'building'" in str(w.message)]) == said
 
 
 def test_a_sure_pixel_does_not_break_the_focal_loss():
@@ -489,7 +524,27 @@ def test_a_run_says_how_it_is_fed(tmp_path, streets):
     go(tmp_path, streets, run=short(2), until="passes")
     config = json.loads((tmp_path / "config.json").read_text())["pass_01"]["config"]
     assert config["method"] == "pixda" and config["feed"]["height"] == 48 and config["hyper"]["window"]["base_width"] == 96
-    assert pixda.METHOD.feed(replace(CFG, window=window(0, 0))).height is None
+    feed = {size: pixda.METHOD.feed(replace(CFG, window=window(*size))) for size in ((0, 0), (0, 96), (48, 96))}
+    assert feed[0, 0].height is feed[0, 0].width is None and (feed[48, 96].height, feed[48, 96].width) == (48, 96)
+
+
+@pytest.mark.parametrize("base", [(512, 1024), (0, 1024), (96, 128), (0, 333), (0, 0)])
+@pytest.mark.parametrize("size", [(360, 480), (1024, 2048), (97, 193), (480, 360)])
+def test_a_network_is_tested_at_the_size_it_was_trained_at(base, size):
+    seen = look(torch.zeros(3, *size, dtype=torch.uint8), None, window(*base), None)[0].shape[1:]
+    cfg = replace(CFG, window=window(*base))
+    assert segmenter(small(), pixda.METHOD.feed(cfg)).base(size) == tuple(seen)
+
+
+def test_a_run_of_before_goes_on_without_the_width_in_its_feed(tmp_path, streets):
+    go(tmp_path, streets, run=short(1), until="passes")
+    path = tmp_path / "config.json"
+    known = json.loads(path.read_text())
+    for stage in known.values(): del stage["config"]["feed"]["width"]
+    path.write_text(json.dumps(known))
+    assert changes(known["pass_01"], json.loads(json.dumps(known["pass_01"])) | dict(config=known["pass_01"]["config"] | dict(
+        feed=known["pass_01"]["config"]["feed"] | dict(width=96)))) == []
+    assert go(tmp_path, streets, run=short(1), until="passes")["finished"]
 
 
 def test_realness_is_measured_in_eval_mode_and_leaves_no_trace(streets):

@@ -204,3 +204,13 @@ def test_what_the_fast_forms_keep_is_little():
     assert kept(lambda: P.edge_loss(z, y, noise())) <= z.nbytes + y.nbytes + 1000 < .2 * kept(lambda: P.edge_loss_ref(z, y, noise()))
     z, *rest = term_case()
     assert kept(lambda: P.importance_terms(z, *rest)) <= z.nbytes + 1000 < .1 * kept(lambda: P.importance_terms_ref(z, *rest))
+
+
+@pytest.mark.parametrize('kind', ['logits', 'clamped'])
+def test_importance_where_the_best_logit_is_zero(kind):
+    z = torch.tensor([[0., 0., 0., 2.], [0., -1., -3., 0.], [-1., -2., -3., -1.]])
+    w = P.importance(z, kind)
+    assert w.tolist() == [0., 1., 1., 1.]
+    maps = torch.zeros(1, 3, 4, 5, requires_grad=True)
+    total = P.importance_terms(maps, torch.zeros(1, 3, 4, 5), *(torch.zeros(1, 8, 10, dtype=torch.long),)*2, torch.ones(3), importance_on=kind)[0]
+    assert total.isfinite() and torch.autograd.grad(total, maps)[0].isfinite().all()

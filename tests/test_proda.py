@@ -19,6 +19,7 @@ from protonb.deeplab import released_repeats
 from protonb.distillation import Distill
 from protonb.feeding import Feed, segmenter
 from protonb.optimization import make_optimizer, parameter_groups, polynomial, schedule
+from protonb.prototypes import save_prototypes
 from protonb.pseudo_labels import HardLabels, SoftLabels, write_soft
 from protonb.sampling import shuffled_index
 from protonb.processes import cross_entropy
@@ -312,6 +313,17 @@ def test_initial_prototypes_of_a_network(target, tmp_path):
     assert torch.equal(again.matrix, made.matrix) and torch.equal(again.counts, made.counts)
     plain = proda.init_prototypes(net, target, plain_mean=True, progress=False)
     assert plain.meta["images"] == 6 and not torch.allclose(plain.matrix, made.matrix, atol=1e-4)
+
+
+@pytest.mark.parametrize("other,said", [(dict(passes=2), "passes=4, not passes=2"), (dict(kind="imagenet"), "kind=unit, not kind=imagenet"),
+                                        (dict(plain_mean=True), "images=4, not images=6, passes=4, not passes=1"), (dict(drop=3), "images=4, not images=6")])
+def test_prototypes_of_other_settings_are_not_taken(target, tmp_path, other, said):
+    path = tmp_path / "p.safetensors"
+    made = proda.init_prototypes(tiny(), target, path=path, progress=False)
+    with pytest.raises(InputError, match=f"p.safetensors: these prototypes were made with {said}"):
+        proda.init_prototypes(None, target, path=path, **other)
+    save_prototypes(path, replace(made, meta={}))                       # a file that does not say
+    assert torch.equal(proda.init_prototypes(None, target, path=path, **other).matrix, made.matrix)
 
 
 # ---------------------------------------------------------------------------------------------------------------- stages

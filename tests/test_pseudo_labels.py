@@ -6,6 +6,7 @@ from PIL import Image
 import protonb.datasets, protonb.pseudo_labels as pl
 from protonb.core import InputError
 from protonb.datasets import Cached, Mapped, PairFolder, resized, take
+from protonb.feeding import Feed, segmenter
 from protonb.labels import CITYSCAPES, CITYSCAPES13, IGNORE, TRAIN_IDS, ClassSpace, label_table
 from protonb.pseudo_labels import (STEPS, HardLabels, Histogram, SoftLabels, Unlabelled, class_probabilities, classwise_thresholds,
     confidence_bytes, coverage, hard_label, kept_from, label_paths, labels_and_confidence, read_histogram, soft_label, soft_map,
@@ -361,6 +362,28 @@ def test_a_folder_is_not_mixed(tmp_path):
         with pytest.raises(InputError, match=what): write_labels(by_place, Photos(), tmp_path, THREE, **opt, **QUIET)
     other = ClassSpace('other', ('a', 'b', 'd'), THREE.palette, THREE.subsets)
     with pytest.raises(InputError, match='classes'): write_labels(by_place, Photos(), tmp_path, other, **QUIET)
+
+def linear(seed, classes=3):
+    torch.manual_seed(seed)
+    return torch.nn.Conv2d(3, classes, 1).requires_grad_(False)
+
+@pytest.mark.parametrize('write', [lambda s, out, ds: write_labels(s, ds, out, THREE, **QUIET), lambda s, out, ds: write_soft(s, ds, out, **QUIET)])
+def test_labels_of_two_networks_are_not_mixed(tmp_path, write):
+    "Whatever the folder was left like: other weights or another feed are refused, the same network goes on."
+    ds = Photos(4)
+    write(segmenter(linear(0)), tmp_path, Photos(2))
+    for other in (segmenter(linear(1)), segmenter(linear(0), Feed(input='unit')), segmenter(linear(0), Feed(16))):
+        with pytest.raises(InputError, match='these labels were made with network='): write(other, tmp_path, ds)
+    assert write(segmenter(linear(0)), tmp_path, ds).skipped == 2
+
+def test_a_folder_that_names_no_network_goes_on(tmp_path):
+    "Those of older versions, and of segmenters that are plain functions."
+    plain = lambda images: linear(0)(images.float())
+    write_labels(plain, Photos(2), tmp_path, THREE, **QUIET)
+    assert 'network' not in json.loads((tmp_path/'histogram.json').read_text())
+    assert write_labels(segmenter(linear(0)), Photos(4), tmp_path, THREE, **QUIET).written == 2
+    with pytest.raises(InputError, match="network=.*, not network=mine; give another folder"):
+        write_labels(plain, Photos(4), tmp_path, THREE, network='mine', **QUIET)
 
 @pytest.mark.parametrize('text', ['', '{', '[]', '{"classes": ["a", "b", "c"]}',
     '{"classes": ["a", "b", "c"], "bins": 16384, "names": [], "counts": [[[99999, 1]], [], []], "scales": [1.0], "flip": false, "soft_before": true}'])

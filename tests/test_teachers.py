@@ -169,3 +169,15 @@ def test_wdass_memory_to_the_bit(empty, dtype):
         if empty == 'keep': banks[domain].update(rows, present & found)
         else: banks[domain].update(torch.where(found[:, None], rows, 0), present)
         assert torch.equal(getattr(memory, domain), banks[domain].matrix)
+
+
+@pytest.mark.parametrize("other,said", [
+    (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), r"where the average has 2.weight \(2, 4, 1, 1\), the other has no more"),
+    (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 3, 1)), r"2.weight \(2, 4, 1, 1\), the other has 2.weight \(3, 4, 1, 1\)"),
+    (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1), nn.Linear(2, 2)), r"average has no more, the other has 3.weight \(2, 2\)"),
+    (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False), nn.Conv2d(4, 2, 1)), r"has 1.running_mean \(4,\)")])
+def test_unequal_networks_are_not_averaged(other, said):
+    average = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    before = {k: v.clone() for k, v in average.state_dict().items()}
+    with pytest.raises(ValueError, match=said): update_average(average, other(), .9)
+    assert all(torch.equal(v, before[k]) for k, v in average.state_dict().items())

@@ -1,5 +1,6 @@
 import math
 import numpy as np, pytest, torch
+from protonb import transforms
 from protonb.core import InputError, rng_for
 from protonb.transforms import (MEAN, STD, DIP_AUGMENT, Augment, augment, blur, normalize, pad_to, random_blur, random_crop, random_flip,
     random_rotate, random_scale, resize_label, rotate)
@@ -30,6 +31,17 @@ def test_normalize():
         assert got.dtype == torch.float32 and torch.allclose(got.double(), want, atol=1e-5)
     assert normalize(x[0]).shape == (3, 5, 4)
     with pytest.raises(ValueError, match='images must be'): normalize(x[:, :2])
+
+def test_the_constants_of_normalize_are_made_once_and_serve_everywhere():
+    transforms._mean_std.cache_clear()
+    x = torch.randint(0, 256, (1, 3, 5, 4)).float()
+    with torch.inference_mode(): first = normalize(x)                    # what is made here must not be refused there
+    y = x.clone().requires_grad_()
+    normalize(y).sum().backward()
+    assert torch.allclose(y.grad[0, :, 0, 0], 1/(255*torch.tensor(STD))) and torch.equal(normalize(x), first)
+    with torch.device('meta'): assert torch.equal(normalize(x), first)
+    assert normalize(x.to('meta')).device.type == 'meta' and torch.equal(normalize(x), first)
+    assert transforms._mean_std.cache_info().misses == 2
 
 @pytest.mark.parametrize('s', [.9, .93, 1., 1.07, 1.1, .5, 2.])
 def test_scale_against_plain_bilinear_and_nearest(s):

@@ -188,6 +188,24 @@ def test_mixing_weight_is_the_share_of_the_whole_batch():
     assert w[:, :3].eq(0).all() and w[:, 8:].eq(0).all()
     assert W.mixing_weight(p, rows=(0, 0))[1, 2].gt(0).all() and W.mixing_weight(p, rows=(15, 120)).eq(0).all()
 
+@pytest.mark.parametrize('height,top,low', [(512, 15, 120), (136, 15, 120), (135, 3, 31), (64, 1, 15), (32, 0, 7), (1, 0, 0)])
+def test_masked_rows_leave_something_of_every_window(height, top, low):
+    w = W.mixing_weight(torch.ones(2, height, 3))
+    seen = w[0, :, 0] > 0
+    assert seen.sum() == height-top-low and seen[top:height-low].all() and w.amax() == 1
+
+@pytest.mark.parametrize('window,rows,says', [
+    (dict(crop_height=32, crop_width=48), (15, 120), r'mix.mask_rows is \(15, 120\), which covers a window of 32 rows.*example \(0, 7\)'),
+    (dict(crop_height=40, crop_width=48), (20, 20), 'covers a window of 40 rows'),
+    (dict(crop_height=0, crop_width=0, flip_p=0., pad=False), (4, 60), 'covers a window of 64 rows'),
+    (dict(crop_height=40, crop_width=48), (-1, 5), 'expected two numbers of rows from 0')])
+def test_a_run_whose_masked_rows_cover_its_windows_is_refused(tmp_path, window, rows, says):
+    ds = Streets(REAL, 2, (64, 96))
+    cfg = W.WDASS(window=Window(base_first=True, **window), source_height=0, source_width=0, mix=W.Mix(mask_rows=rows))
+    job = Job(W.METHOD, cfg, Train(steps=1, batch_size=2, device='cpu'), tmp_path, wdass_small(19), ds, ds)
+    with pytest.raises(InputError, match=says): W.adapt_weakly(job)
+    assert not list(tmp_path.iterdir())
+
 def test_weak_weight_and_rows():
     b = batch(1)
     net, teacher, *_ = parts()

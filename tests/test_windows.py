@@ -10,7 +10,7 @@ from protonb.colour import policy_augment
 from protonb.core import InputError, rng_for
 from protonb.datasets import Cached, Mapped, PairFolder, images, resized, take
 from protonb.labels import CITYSCAPES, IGNORE
-from protonb.pseudo_labels import Unlabelled
+from protonb.pseudo_labels import PartlyLabelled, Unlabelled
 from protonb.transforms import DIP_AUGMENT, Augment, augment, resize_image
 from protonb.windows import (
     IAPC_REFRESH_WINDOW, IAPC_WINDOW, PBAL_WINDOW, PIXDA_WINDOW, PRODA_WINDOW, WDASS_SOURCE_WINDOW, WDASS_TARGET_WINDOW, Geometry, Window,
@@ -215,7 +215,7 @@ def test_check_fits_names_the_file(tmp_path):
     photos = folder_of(tmp_path, [(100, 200)] * 12 + [(60, 200)] + [(100, 200)] * 12)
     window = Window(base_width=200, low=.5, high=2., crop_height=40, crop_width=90)
     assert isinstance(photos, PairFolder) and [s for _, s in image_sizes(photos)].count((60, 200)) == 1
-    for data in (photos, Unlabelled(photos), Cached(photos), Mapped(photos, CITYSCAPES), take(photos, [3, 12])):
+    for data in (photos, Unlabelled(photos), Cached(photos), Mapped(photos, CITYSCAPES), take(photos, [3, 12]), PartlyLabelled(photos, [0, 1])):
         with pytest.raises(InputError, match=r"12\.png: is 60x200.*crop_height is 40, but the image is scaled to 30x100"):
             check_fits(window, data)
     assert check_fits(window, take(photos, [0, 24])) is window
