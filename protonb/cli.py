@@ -10,7 +10,7 @@ __all__ = ['EXAMPLE', 'COMMANDS', 'Command', 'EXAMPLES', 'open_job', 'announce',
 # %% ../nbs/07_shell/02_cli.ipynb #e918f1b7
 import contextlib, io, re, sys
 from collections import Counter
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, Union
 import tyro

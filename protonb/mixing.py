@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['CHANGES', 'low_spectrum', 'fda', 'mix_masks', 'paste', 'grey_of', 'turn_hue', 'jitter_batch', 'blur_with',
-           'blur_batch', 'shuffled_jitter']
+           'blur_batch', 'shuffled_jitter', 'jitter_of']
 
 # %% ../nbs/01_data/09_mixing.ipynb #f9323eb3
 import math
+from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -214,3 +215,10 @@ def shuffled_jitter(
         if i == 3: picture = shift_hue(picture, turn)
         else: picture = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[i](picture).enhance(factors[i])
     return _tensor(picture, image.device)
+
+def jitter_of(
+    strength,  # As above; 0: none
+):             # (image, rng) -> image, or None where nothing is to change
+    "The colours of a stream."
+    if not strength: return None
+    return partial(shuffled_jitter, strength=strength)

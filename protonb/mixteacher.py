@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 from .core import rng_for
 from .feeding import enlarged, network_input
-from .few_shot import uniform_index
-from .joint import rule_of, source_stream
+from .joint import run_settings, source_stream
 from .labels import IGNORE
 from .methods import Job, Method, accelerator_of, learn
 from .mixing import blur_batch, jitter_batch, mix_masks, paste
 from .ops import logits_cross_entropy
 from .optimization import optimizer_of
 from .processes import cross_entropy, for_processes, held, mean_over, sum_over
-from .recipes import Situation, crop, memory, part
-from .streams import alternately, labelled, paired, stacked, weakly_labelled
+from .recipes import Situation, memory
+from .streams import alternately, few_labelled, labelled, paired, stacked, weakly_labelled
 from .teachers import average_of, update_average
 from .windows import Window, check_fits
 
@@ -124,7 +123,7 @@ def streams_of(
     if cfg.labels in ('image', 'point', 'coarse'):
         return dict(source=source, target=weakly_labelled(job.target, window, seed, kind=cfg.labels, tags_of='image'))
     if cfg.labels in ('few', 'full'):
-        few = labelled(getattr(job.target, 'few', job.target), window, seed, 'few', draw=uniform_index)
+        few = few_labelled(getattr(job.target, 'few', job.target), window, seed, 'few')
         source = alternately(source, few, cfg.share, seed)
     return dict(source=source, target=labelled(job.target, window, seed, 'target'))
 
@@ -146,10 +145,7 @@ def adapt(
 # %% ../nbs/05_methods/09_mixteacher.ipynb #a9b474e3
 def _fitted(s:Situation):
     "A teacher that forgets within a tenth of the run, a confidence that a short run reaches."
-    high,wide = crop(s, .83, 8, 1)
-    window = Window(low=.8, high=1.3, crop_height=high, crop_width=wide, flip_p=.5, pad=True)
-    colour = .1 if s.tiny else .25
-    return MixTeacher(alpha=memory(s, .1), tau=.8, colour=colour, **rule_of(s), warm=part(s, .05), length=s.length, window=window)
+    return MixTeacher(alpha=memory(s, .1), tau=.8, colour=.1 if s.tiny else .25, **run_settings(s))
 
 # %% ../nbs/05_methods/09_mixteacher.ipynb #bc1eb6d1
 METHOD = Method(

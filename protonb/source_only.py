@@ -7,7 +7,6 @@ __all__ = ['METHOD', 'upsampled_cross_entropy', 'step', 'SourceOnly', 'train']
 
 # %% ../nbs/05_methods/01_source_only.ipynb #88f2421c
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Literal
 import torch
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 from .feeding import network_input
 from .labels import IGNORE
 from .methods import Method, notes, run_of
-from .mixing import shuffled_jitter
+from .mixing import jitter_of
 from .optimization import optimizer_of
 from .recipes import Situation, crop, learning_rate
 from .streams import feed, labelled, rare_first
@@ -82,8 +81,8 @@ def train(
     opt,sched = optimizer_of(net, cfg, run.steps, ahead=1)
     net,opt = acc.prepare(net, opt)
     one = lambda batch: step(net, opt, sched, batch, acc.backward)
-    colour = partial(shuffled_jitter, strength=cfg.colour) if cfg.colour else None
-    make = labelled(dataset, cfg.augment, run.seed, colour=colour, draw=rare_first(dataset, cfg.rare, Path(run_dir)/'class_pixels.npz'))
+    draw = rare_first(dataset, cfg.rare, Path(run_dir)/'class_pixels.npz')
+    make = labelled(dataset, cfg.augment, run.seed, colour=jitter_of(cfg.colour), draw=draw)
     return fit(one, feed(make, run, acc), dict(net=net, opt=opt, sched=sched), run, run_dir=run_dir, stage='source_only',
                config=dict(config or {}, hyper=asdict(cfg)), accelerator=acc, progress=progress)
 

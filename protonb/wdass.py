@@ -20,7 +20,7 @@ from .dip_net import under
 from .feeding import Feed, network_input
 from .labels import IGNORE
 from .methods import Job, Method, accelerator_of, learn
-from .mixing import blur_batch, jitter_batch, mix_masks, paste, shuffled_jitter
+from .mixing import blur_batch, jitter_batch, jitter_of, mix_masks, paste
 from .ops import logits_cross_entropy, prototype_logits
 from .optimization import first_step_full_lr, linear_warm_up, make_optimizer, parameter_groups, polynomial, schedule
 from .pixel_losses import edge_loss
@@ -276,7 +276,7 @@ def weak_pairs(
     seed:int=0,     # Seed of order and windows
 ):                  # position -> dict(source=(image, label), target=(image, weak label, tags))
     "Both streams side by side; each starts over, in a new order, when it is through."
-    colour = (lambda image, rng: shuffled_jitter(image, rng, cfg.jitter)) if cfg.jitter else None
+    colour = jitter_of(cfg.jitter)
     window,weak = check_fits(cfg.window, target),dict(kind=cfg.labels, tags_of=cfg.image_label_scope)
     wide = check_fits(replace(window, base_height=cfg.source_height, base_width=cfg.source_width), source)
     return paired(source=labelled(source, wide, seed, colour=colour), target=weakly_labelled(target, window, seed, colour=colour, **weak))
