@@ -33,10 +33,10 @@ from protonb.weak_labels import WeakLabels
 
 RESULTS = Path(__file__).resolve().parent/'streets.csv'
 KEY = ['stage', 'seed', 'network']
-COLUMNS = [*KEY, 'steps', 'batch', 'miou', 'torch', 'date', 'command']
-STAGES = ['start', 'adabn', 'source_only', 'oracle', 'iapc', 'pbal', 'views', 'wdass', 'fine_tuning', 'pixda', 'joint', 'mixteacher']
+COLUMNS = [*KEY, 'steps', 'batch', 'miou', 'seen', 'accuracy', 'torch', 'date', 'command']
+STAGES = ['start', 'adabn', 'source_only', 'colours', 'oracle', 'iapc', 'pbal', 'views', 'proda', 'wdass', 'fine_tuning', 'pixda', 'joint', 'mixteacher']
 KINDS, SHOTS, CITIES = ('image', 'point', 'coarse'), (1, 5), 18
-TITLES = dict(warm_up='pbal warm-up', bpl='pbal BPL', pst='pbal PST', distill_1='pbal distillation 1', distill_2='pbal distillation 2')
+TITLES = dict(warm_up='warm-up', bpl='BPL', pst='PST', distill_1='distillation 1', distill_2='distillation 2')
 
 
 
@@ -53,13 +53,18 @@ class Setup:
     images: int = 200             # Of the target
     weights: str | None = None    # What the start begins with; None: nothing
     group: object = lambda name: int(name.rsplit('_', 1)[-1]) % CITIES   # Name -> group of which k images are labelled
-    tries: tuple = ()             # (setting, value) that are tried instead of the recipe's
+    tries: tuple = ()             # (setting, value) that are tried instead of the recipe's; those of the start are called start.setting
+    unseen: tuple = ()            # Classes that the source does not show
 
     def settings(self, name, start='trained'):
         "The fitted recipe: all that a method is told of the images, the length of the run and where it starts."
         steps = self.steps if start == 'trained' else self.start
         cfg = METHODS[name].fitted(Situation(steps, self.batch, self.height, self.width, self.space.num_classes, self.images, start, self.net.endswith('_small')))
-        return replace(cfg, **{k: type(getattr(cfg, k))(v) for k, v in self.tries if hasattr(cfg, k)}) if start == 'trained' else cfg
+        tries = {k: v for k, v in self.tries if not k.startswith('start.')} if start == 'trained' else self.start_tries
+        return replace(cfg, **{k: type(getattr(cfg, k))(v) for k, v in tries.items() if hasattr(cfg, k)})
+
+    @property
+    def start_tries(self): return {k[6:]: v for k, v in self.tries if k.startswith('start.')}
 
     def length(self, title): return self.start if title in ('start', 'adabn') else 5*self.steps if title == 'views of pbal' else self.steps
 
@@ -70,7 +75,8 @@ class Setup:
 class Bench:
     "The runs of one seed."
     def __init__(self, home, seed, data, setup=Setup(), kinds=None):
-        self.home, self.seed, self.data, self.setup, self.kinds = Path(home)/f'seed{seed}', seed, data, setup, kinds
+        self.home = Path(home)/(f'seed{seed}' + ''.join(f',{k}={v}' for k, v in setup.start_tries.items()))
+        self.seed, self.data, self.setup, self.kinds = seed, data, setup, kinds
 
     def run(self, steps): return Train(steps=steps, batch_size=self.setup.batch, seed=self.seed, checkpoint_every=100)
 
@@ -81,7 +87,7 @@ class Bench:
     def train(self, method, folder, net, cfg, source=None, target=None, steps=None, until=''):
         "A method from `net` on; stages go on from each other."
         run = self.run(steps or self.setup.steps)
-        if folder != 'start': folder += ''.join(f',{k}={v}' for k, v in self.setup.tries)
+        if folder != 'start': folder += ''.join(f',{k}={v}' for k, v in self.setup.tries if not k.startswith('start.'))
         job = methods.Job(METHODS[method], cfg, run, self.home/folder, net, source, target, lambda: copy.deepcopy(net), self.setup.about, begin='before')
         done = methods.train(job, until)
         if not done['finished']: raise SystemExit(f'{job.run_dir}: stopped at step {done["step"]}; the same command goes on there')
@@ -98,22 +104,26 @@ class Bench:
         "Title -> network, one after the other."
         net, data = self.start(), self.data
         if name == 'start': yield 'start', net
-        elif name == 'source_only': yield name, self.labelled(name, data['source'], net)
+        elif name in ('source_only', 'colours'):
+            cfg = replace(self.settings('source-only'), **dict(colour=.25) if name == 'colours' else {})
+            net = self.train('source-only', name, net, cfg, data['source'])
+            yield name, net
+            yield f'{name}, AdaBN', adapt_statistics(net, data['target'])
         elif name == 'oracle': yield name, self.labelled(name, data['target'], net)
         elif name == 'adabn': yield name, adapt_statistics(net, data['target'])
         elif name == 'iapc': yield name, self.train('iapc', 'iapc', net, self.settings('iapc'), target=data['target'])
-        elif name == 'pbal': yield from self.pbal()
+        elif name in ('pbal', 'proda'): yield from self.staged(name)
         elif name == 'views': yield 'views of pbal', self.views(net)
         elif name == 'wdass': yield from self.wdass(net)
         elif name in ('fine_tuning', 'pixda'): yield from self.few(name, net)
         elif name in ('joint', 'mixteacher'): yield from self.any(name, net)
 
-    def pbal(self):
+    def staged(self, name):
         "Stage by stage; what is finished is not trained again."
-        for stage, _ in METHODS['pbal'].stages:
-            net = self.train('pbal', 'pbal', self.start(), self.settings('pbal'), self.data['source'], self.data['target'], until=stage)
-            yield TITLES[stage], net
-        yield 'pbal distillation 2, AdaBN', adapt_statistics(copy.deepcopy(net), self.data['target'])
+        for stage, _ in METHODS[name].stages:
+            net = self.train(name, name, self.start(), self.settings(name), self.data['source'], self.data['target'], until=stage)
+            if isinstance(net, torch.nn.Module): yield f'{name} {TITLES.get(stage, stage)}', net
+        yield f'{name} {TITLES.get(stage, stage)}, AdaBN', adapt_statistics(copy.deepcopy(net), self.data['target'])
 
     def views(self, net):
         "What PBAL's windows and colours are worth alone: as many steps as all its stages, no adversary, no prototypes, no pseudo labels; the target passes through the batch norms only."
@@ -187,8 +197,9 @@ def fill(bench, names, command, path=None):
             scores = evaluate(segmenter(net), bench.data['val'], progress=False)
             net.train()
             print(f'seed {bench.seed}, {title}: {100*scores.miou:.1f}', flush=True)
+            seen = scores.iou[[k for k in range(setup.space.num_classes) if k not in setup.unseen]].nanmean().item()
             rows.append(dict(stage=title, seed=bench.seed, network=setup.net, steps=setup.length(title), batch=setup.batch, miou=f'{100*scores.miou:.2f}',
-                             torch=torch.__version__, date=time.strftime('%Y-%m-%d'), command=command))
+                             seen=f'{100*seen:.2f}', accuracy=f'{100*scores.accuracy:.2f}', torch=torch.__version__, date=time.strftime('%Y-%m-%d'), command=command))
             if path: write_row(path, rows[-1])
             if command.endswith('--tuning'): note_try(bench, rows[-1])
     return rows
@@ -198,11 +209,11 @@ def note_try(bench, row):
     "Everything that was tried on the images for choosing settings is written down."
     path = Path(__file__).resolve().parent/'tuning.csv'
     tried = ' '.join(f'{k}={v}' for k, v in bench.setup.tries)
-    rows = [r for r in read_rows(path) if (r['stage'], r['seed'], r['network'], r['settings']) != (row['stage'], str(row['seed']), row['network'], tried)]
+    rows = [r for r in read_rows(path) if (r['stage'], r['seed'], r['network'], r['settings'], r['start'], r['steps']) != (row['stage'], str(row['seed']), row['network'], tried, str(bench.setup.start), str(row['steps']))]
     with atomic_path(path) as p, open(p, 'w', newline='') as f:
-        out = csv.DictWriter(f, ['stage', 'seed', 'network', 'settings', 'steps', 'miou', 'date', 'command'], lineterminator='\n', extrasaction='ignore')
+        out = csv.DictWriter(f, ['stage', 'seed', 'network', 'settings', 'start', 'steps', 'miou', 'seen', 'accuracy', 'date', 'command'], lineterminator='\n', extrasaction='ignore')
         out.writeheader()
-        out.writerows([*rows, row | dict(settings=tried)])
+        out.writerows([*rows, row | dict(settings=tried, start=bench.setup.start)])
 
 
 def options(about, home):
@@ -212,14 +223,16 @@ def options(about, home):
     p.add_argument('--only', nargs='+', choices=STAGES, default=STAGES)
     p.add_argument('--no-write', action='store_true', help='leave the table as it is')
     p.add_argument('--tuning', action='store_true', help='score on the images for choosing settings; rows go to tuning.csv instead of the table')
-    p.add_argument('--try', dest='tries', nargs='+', default=[], metavar='SETTING=VALUE', help='with --tuning: values instead of those of the recipe')
+    p.add_argument('--try', dest='tries', nargs='+', default=[], metavar='SETTING=VALUE', help='with --tuning: values instead of those of the recipe, start.SETTING for the start, start.steps for its length')
     p.add_argument('--kinds', nargs='+', help='of joint and mixteacher: only these kinds of label, e.g. none coarse 1-shot')
     return p
 
 
-def tries_of(args):
+def with_tries(setup, args):
+    "The setup with what `--try` says; `start.steps` is the length of the start."
     if args.tries and not args.tuning: raise SystemExit('--try is for choosing settings; expected --tuning beside it')
-    return tuple(tuple(t.split('=', 1)) for t in args.tries)
+    setup = replace(setup, tries=tuple(tuple(t.split('=', 1)) for t in args.tries))
+    return replace(setup, start=int(setup.start_tries.get('steps', setup.start)))
 
 
 def main():
@@ -227,7 +240,7 @@ def main():
     data = dict(source=Streets(SYNTHETIC, 300, size=size, seed=0), target=Streets(REAL, 200, size=size, seed=1),
                 val=Streets(REAL, 60, size=size, seed=7 if args.tuning else 2))
     path, command = None if args.no_write or args.tuning else RESULTS, 'python benchmarks/streets.py' + ' --tuning'*args.tuning
-    setup = Setup(tries=tries_of(args))
+    setup = with_tries(Setup(), args)
     table([row for seed in args.seeds for row in fill(Bench(args.out, seed, data, setup, args.kinds), args.only, command, path)])
 
 
