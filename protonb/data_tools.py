@@ -364,7 +364,7 @@ class Weaken:
     seed:int = 0                              # Seed of the points
 
 def _link(image, name, folder):
-    "A link to the photo's file, or a file for a picture that has none of its size."
+    "A link to the image's file, or a file for a picture that has none of its size."
     if isinstance(image, torch.Tensor): Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder/f'{name}.png')
     else: (folder/f'{name}{Path(image).suffix}').symlink_to(Path(image).absolute())
 

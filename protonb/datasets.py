@@ -386,7 +386,7 @@ def folder(
                       guessed=() if read or 'ids' in cfg or 'space' in cfg else own.classes)
 
 # %% ../nbs/01_data/03_datasets.ipynb #cd19ad2f
-_JSON = ('.json', *(f'{e}.json' for e in PICTURES))         # Supervisely keeps the ending of the photo
+_JSON = ('.json', *(f'{e}.json' for e in PICTURES))         # Supervisely keeps the ending of the image
 _ENDS = dict(files=('.png', '.tif', '.tiff', '.bmp'), cityscapes=('.json', '_gtFine_polygons.json', '_gtCoarse_polygons.json'))
 
 def _places(config, where): return [str(Path(config).parent/Path(w).expanduser()) for w in ([where] if isinstance(where, str) else where)]
@@ -410,7 +410,7 @@ def _toml_pairs(config, cfg, split, labelled, only_labelled):
 
 # %% ../nbs/01_data/03_datasets.ipynb #62695811
 def _part(config, cfg, split, here, there, labelled):
-    "Images and labels of one folder or pattern, by key. A label is no photo, though it may lie among them."
+    "Images and labels of one folder or pattern, by key. A label is no image, though it may lie among them."
     kind = cfg.get('format', 'files')
     stars = bool(there and is_pattern(here) and is_pattern(there))
     ended = lambda key, usual: [cfg[key]] if key in cfg else usual
@@ -422,7 +422,7 @@ def _part(config, cfg, split, here, there, labelled):
     return images, _entries(there, kind, images) if kind in ALL_IN_ONE else match_files(there, ends, f'the {split} labels', stars)
 
 def _entries(path, kind, images):
-    "Labels of one file for many photos, which may cover other folders as well."
+    "Labels of one file for many images, which may cover other folders as well."
     tails = _tails(images)
     found = [(_key_of(name, tails, path), Entry(path, name)) for name in read_drawings(path, kind)]
     for e in (e for k, e in found if not k and is_collecting()): amiss('label without image', e, 'has no image')

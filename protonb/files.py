@@ -99,7 +99,7 @@ def _upright(a, im):
 def read_image(
     path,       # Picture in any usual format
 )->np.ndarray:  # (H,W,3) uint8 RGB, upright
-    "Read a photo as it is looked at."
+    "Read an image as it is looked at."
     im, data = _load(path, 'an image')
     depth = _depth(im, data)
     if depth > 8 or im.mode[0] in 'IF':
@@ -118,7 +118,7 @@ def noted(
 def image_size(
     path,    # Picture in any usual format
 )->tuple:    # (H,W) of what `read_image` gives
-    "Size of a photo from its first bytes."
+    "Size of an image from its first bytes."
     try:
         with Image.open(path) as im: lying = im.format != 'TIFF' and _orientation(im) > 4        # a TIFF has turned by itself
         return im.size if lying else im.size[::-1]

@@ -40,13 +40,13 @@ def el(
 # %% ../nbs/04_learning/05_report.ipynb #78fcef04
 def data_uri(
     im,              # PIL image
-    photo=False,     # May be stored as JPEG
-    limit=60_000,    # Bytes above which a photo becomes a JPEG
+    lossy=False,     # May be stored as JPEG
+    limit=60_000,    # Bytes above which it becomes a JPEG
 )->str:              # 'data:image/...;base64,...'
     "A picture as text for the page."
     raw, kind = io.BytesIO(), 'png'
     im.save(raw, 'PNG', optimize=True)
-    if photo and raw.tell() > limit:
+    if lossy and raw.tell() > limit:
         raw, kind = io.BytesIO(), 'jpeg'
         im.convert('RGB').save(raw, 'JPEG', quality=85)
     return f'data:image/{kind};base64,{base64.b64encode(raw.getvalue()).decode()}'
@@ -148,11 +148,11 @@ def panel_row(
     space,       # ClassSpace
     width=512,   # Largest width to store
 )->Html:         # A row of pictures
-    "Photo, truth and predictions."
-    photo, truth = _array(image), None if truth is None else _array(truth)
-    photo = Image.fromarray(photo.transpose(1, 2, 0) if photo.shape[-1] != 3 else photo)
-    size = _fit(photo.size, width)
-    cells = [_cell(name, '', f'photo {name}')]
+    "Image, truth and predictions."
+    image, truth = _array(image), None if truth is None else _array(truth)
+    image = Image.fromarray(image.transpose(1, 2, 0) if image.shape[-1] != 3 else image)
+    size = _fit(image.size, width)
+    cells = [_cell(name, '', f'image {name}')]
     if truth is not None: cells.append(_cell('truth', '', f'true classes of {name}', _label_image(truth, space, size)))
     for m, pred in ((m, _array(p)) for m, p in preds.items()):
         if truth is None: note, wrong = '', None
@@ -160,11 +160,11 @@ def panel_row(
             share = ((pred == truth) & (truth != 255)).sum() / max(1, (truth != 255).sum())
             note, wrong = f'mIoU {_pct(image_miou(pred, truth, space))} · {_pct(share, 0)} % right', _mistake_image(pred, truth, size)
         cells.append(_cell(m, note, f'{m} on {name}', _label_image(pred, space, size), wrong))
-    uri, (w, h) = data_uri(photo.convert('RGB').resize(size, Image.Resampling.LANCZOS), photo=True), size
-    return el('div', cells, class_='row', style=f'--photo:url({uri});--ratio:{w}/{h};--n:{len(cells)}')
+    uri, (w, h) = data_uri(image.convert('RGB').resize(size, Image.Resampling.LANCZOS), lossy=True), size
+    return el('div', cells, class_='row', style=f'--image:url({uri});--ratio:{w}/{h};--n:{len(cells)}')
 
 # %% ../nbs/04_learning/05_report.ipynb #d198af15
-VIEWS = (('label', 'Labels'), ('over', 'Over the photo'), ('error', 'Mistakes'))
+VIEWS = (('label', 'Labels'), ('over', 'Over the image'), ('error', 'Mistakes'))
 
 def legend(
     space,   # ClassSpace
@@ -370,7 +370,7 @@ box-shadow:inset 0 0 0 1px #0003}
 figure{margin:0}
 figcaption{font-size:13px;line-height:1.35;margin-top:4px;overflow-wrap:anywhere}figcaption span{color:var(--soft);display:block}
 .pic{position:relative;aspect-ratio:var(--ratio);border-radius:7px;overflow:hidden;isolation:isolate}
-.pic::before{content:"";position:absolute;inset:0;background:var(--photo) 0 0/100% 100%}
+.pic::before{content:"";position:absolute;inset:0;background:var(--image) 0 0/100% 100%}
 .pic img{position:absolute;inset:0;width:100%;height:100%;image-rendering:pixelated}
 .err{opacity:0}
 #v-over:checked~.panels .lab{opacity:.55}
@@ -436,7 +436,7 @@ def page(
 
 # %% ../nbs/04_learning/05_report.ipynb #0e5066ac
 ABOUT = dict(
-    pictures='Columns: the photo, what it truly shows, what each method makes of it. Black: not labelled.',
+    pictures='Columns: the image, what it truly shows, what each method makes of it. Black: not labelled.',
     training='Faint: as logged. Strong: running mean.',
     prototypes='A prototype is the mean feature of a class; a pixel gets the class whose prototype it resembles most.',
     setup='Everything needed to do it again. A click selects a command.')

@@ -109,9 +109,9 @@ def test_fixed_and_legacy_layout_differ_and_prototype_labels_do_not():
 def test_an_absent_class_never_wins_unless_nothing_is_similar():
     _, f, _, zm, fm, *_ = inputs(dtype=torch.float32)
     zm[:, 3:] = -9
-    S = prototype_logits(f, iapc.photo_prototypes(fm, zm, (65, 129)))
+    S = prototype_logits(f, iapc.per_image_prototypes(fm, zm, (65, 129)))
     assert S.argmax(1).max() < 3 and (S[:, 3:] == 0).all()
-    assert (prototype_logits(torch.zeros_like(f), iapc.photo_prototypes(fm, zm, (65, 129))) == 0).all()
+    assert (prototype_logits(torch.zeros_like(f), iapc.per_image_prototypes(fm, zm, (65, 129))) == 0).all()
 
 
 def test_importance_is_nothing_at_a_tie_and_all_where_the_second_is_zero():
@@ -234,16 +234,16 @@ def test_the_base_window_lies_at_the_proportional_place():
 # ------------------------------------------------------------------------------------------------------------------ runs
 
 class Sealed:
-    """Photos whose labels nobody may open."""
+    """Images whose labels nobody may open."""
 
-    def __init__(self, photos):
-        self.photos, self.names, self.space = photos, photos.names, CITYSCAPES
+    def __init__(self, images):
+        self.images, self.names, self.space = images, images.names, CITYSCAPES
 
     def __len__(self):
-        return len(self.photos)
+        return len(self.images)
 
     def __getitem__(self, i):
-        return self.photos[i][0], Never()
+        return self.images[i][0], Never()
 
 
 class Never:
@@ -309,8 +309,8 @@ def test_a_crop_larger_than_the_image_is_refused_by_name():
         iapc.IAPC(window=replace(IAPC_WINDOW, base_height=0, base_width=0, pad=True))
 
 
-def test_a_photo_smaller_than_the_window_is_named_before_the_first_step(target, tmp_path):
-    """With a window that follows the size of the photos."""
+def test_an_image_smaller_than_the_window_is_named_before_the_first_step(target, tmp_path):
+    """With a window that follows the size of the images."""
     own = dict(base_height=0, base_width=0, crop_height=60)
     labels = iapc.pseudo_labels(target, small(), CFG, run_dir=tmp_path, progress=False)
     for cfg in (replace(CFG, window=replace(VIEW, **own), refresh_height=0, refresh_width=0),
@@ -368,10 +368,10 @@ def processes(home):
     """The same global batches on however many processes there are."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     torch.manual_seed(0)
-    source, photos = Tiny(), Streets(REAL, 8, size=(64, 128), seed=1)
+    source, target = Tiny(), Streets(REAL, 8, size=(64, 128), seed=1)
     run = Train(steps=4, batch_size=4 // world, device="cpu", log_every=1, checkpoint_every=4)
     cfg = replace(CFG, lr=.05, head_factor=1., repeats="one", rare_pixels=300)
-    labels = iapc.pseudo_labels(photos, source, cfg, run_dir=home, acc=accelerator_for(run), progress=False)
+    labels = iapc.pseudo_labels(target, source, cfg, run_dir=home, acc=accelerator_for(run), progress=False)
     iapc.train(labels, source, cfg, run, run_dir=home, progress=False)
 
 

@@ -22,7 +22,7 @@ from protonb.weak_labels import WeakLabels
 from protonb.windows import Window
 
 EYES = Window(low=.8, high=1.3, crop_height=49, crop_width=97, flip_p=.5, pad=True)
-GAMES, PHOTOS = Streets(SYNTHETIC, 6, size=(65, 129)), Streets(REAL, 6, size=(65, 129), seed=1)
+GAMES, TARGET = Streets(SYNTHETIC, 6, size=(65, 129)), Streets(REAL, 6, size=(65, 129), seed=1)
 
 
 def plain_cross_entropy(z, y):
@@ -43,7 +43,7 @@ def nets(seed=0):
 
 def test_joint_step_is_its_equation():
     net, plain = (nets() for _ in range(2))
-    source, target = ((torch.stack([d[i][0] for i in (0, 1)]), torch.stack([d[i][1] for i in (0, 1)])) for d in (GAMES, PHOTOS))
+    source, target = ((torch.stack([d[i][0] for i in (0, 1)]), torch.stack([d[i][1] for i in (0, 1)])) for d in (GAMES, TARGET))
     target[1][:, 3:] = IGNORE                                               # three rows of labels, a mean of their own
     opt = torch.optim.SGD(net.parameters(), lr=0.)
     log = joint.step(net, opt, torch.optim.lr_scheduler.ConstantLR(opt), dict(source=source, target=target), weight=.5)
@@ -81,7 +81,7 @@ def test_mixteacher_step_is_its_equation(known):
     student, teacher = nets(), average_of(nets(1))
     plain, slow = deepcopy(student), deepcopy(teacher)
     cfg = mixteacher.MixTeacher(colour=0., tau=.3, mix=.7, weight=.5)
-    (x, y), (x_t, y_t) = ((torch.stack([d[i][0] for i in (0, 1)]), torch.stack([d[i][1] for i in (0, 1)])) for d in (GAMES, PHOTOS))
+    (x, y), (x_t, y_t) = ((torch.stack([d[i][0] for i in (0, 1)]), torch.stack([d[i][1] for i in (0, 1)])) for d in (GAMES, TARGET))
     y_t = y_t.clone()
     y_t[:, 10 if known else 0:] = IGNORE
     opt = torch.optim.SGD(student.parameters(), lr=0.)
@@ -106,7 +106,7 @@ def test_mixteacher_step_is_its_equation(known):
 def test_the_teacher_keeps_statistics_of_its_own():
     """Its batch norms hear of target images alone; its weights follow."""
     student, teacher = nets(), average_of(nets(1))
-    batch = {k: (torch.stack([d[0][0]]), torch.stack([d[0][1]])) for k, d in (("source", GAMES), ("target", Unlabelled(PHOTOS)))}
+    batch = {k: (torch.stack([d[0][0]]), torch.stack([d[0][1]])) for k, d in (("source", GAMES), ("target", Unlabelled(TARGET)))}
     slow = deepcopy(teacher)
     opt = torch.optim.SGD(student.parameters(), lr=.1)
     mixteacher.step(student, teacher, opt, torch.optim.lr_scheduler.ConstantLR(opt), batch, mixteacher.MixTeacher())
@@ -132,16 +132,16 @@ def test_every_kind_of_label_is_opened(kind):
 
 def test_the_labels_of_others_stay_shut():
     class Sealed:
-        names, space = PHOTOS.names, PHOTOS.space
+        names, space = TARGET.names, TARGET.space
         label_paths = None
         def __len__(self): return 6
-        def __getitem__(self, i): return PHOTOS[i][0], PHOTOS[i][1] if i == 4 else None      # a label that is used would be None
+        def __getitem__(self, i): return TARGET[i][0], TARGET[i][1] if i == 4 else None      # a label that is used would be None
     part = PartlyLabelled(Sealed(), [4])
     assert [(part[i][1] != IGNORE).any().item() for i in range(6)] == [i == 4 for i in range(6)]
 
 
-@pytest.mark.parametrize("m, target", [(mixteacher.METHOD, Unlabelled(PHOTOS)), (mixteacher.METHOD, PartlyLabelled(PHOTOS, [0, 2])),
-                                       (mixteacher.METHOD, WeakLabels(PHOTOS, "image", seed=0)), (joint.METHOD, PHOTOS)],
+@pytest.mark.parametrize("m, target", [(mixteacher.METHOD, Unlabelled(TARGET)), (mixteacher.METHOD, PartlyLabelled(TARGET, [0, 2])),
+                                       (mixteacher.METHOD, WeakLabels(TARGET, "image", seed=0)), (joint.METHOD, TARGET)],
                          ids=["none", "few", "tags", "joint"])
 def test_a_stopped_run_goes_on_bit_for_bit(m, target, tmp_path):
     kind = {PartlyLabelled: "few", WeakLabels: "image", Unlabelled: "none"}.get(type(target), "full")

@@ -417,7 +417,7 @@ def test_killed_while_labelling(tmp_path, streets, unbroken, monkeypatch):
 # ------------------------------------------------------------------------------------------------- odd shapes
 
 @pytest.mark.parametrize("odd", [(40, 140), (30, 64), (64, 31)])
-def test_a_photo_too_small_for_a_window_of_any_stage_is_named_before_the_first_step(tmp_path, odd):
+def test_an_image_too_small_for_a_window_of_any_stage_is_named_before_the_first_step(tmp_path, odd):
     for i in range(12):
         Image.new("RGB", (odd if i == 5 else (64, 96))[::-1]).save(tmp_path / f"{i:02}.png")
     own = Window(base_width=0, low=.6, crop_height=32, crop_width=20)

@@ -318,7 +318,7 @@ def test_the_step_keeps_domains_apart_and_nothing_but_weights_change():
     before = copy.deepcopy(net.state_dict())
     pixda.step(net, disc, image, opts, scheds, batch(), CFG)
     after = net.state_dict()
-    assert {int(v) for k, v in after.items() if k.endswith("tracked")} == {2}        # source, then photos; first group of each
+    assert {int(v) for k, v in after.items() if k.endswith("tracked")} == {2}        # source, then target; first group of each
     same = [k for k in before if torch.equal(before[k], after[k])]
     affine = [k for k in before if k.endswith(("weight", "bias")) and before[k].ndim == 1 and not k.startswith(("layer5", "layer6"))]
     assert set(same) == {*affine, *(k for k in before if k.startswith("layer5."))}   # not even weight decay touches layer5
@@ -425,7 +425,7 @@ def test_the_view_shrinks_whole_images_bicubic_and_labels_by_the_nearest():
     assert look(image, label, window(96, 192), None)[0] is image
 
 
-def test_a_pass_shows_each_image_once_and_photos_come_with_replacement():
+def test_a_pass_shows_each_image_once_and_target_images_come_with_replacement():
     class Named:
         def __init__(self, n): self.n = n
         def __len__(self): return self.n
@@ -563,7 +563,7 @@ def test_realness_is_measured_in_eval_mode_and_leaves_no_trace(streets):
     assert elsewhere == pytest.approx(scores, abs=1e-5)
 
 
-def test_photo_labels_teach_and_the_lists_duplicates_are_allowed(tmp_path, streets):
+def test_target_labels_teach_and_the_lists_duplicates_are_allowed(tmp_path, streets):
     twice = take(streets[1], [0, 1, 1])
     done = go(tmp_path, (streets[0], twice), replace(CFG, kd_steps=2), short(2))
     assert done["finished"] and done["net"].training

@@ -128,8 +128,8 @@ def test_three_methods_and_other_classes(out):
 
 def test_large_and_many_images_stay_small(out):
     y = label(19, 16, 32).repeat_interleave(40, 0).repeat_interleave(40, 1)
-    photo = (np.add.outer(np.arange(640), np.arange(1280))[..., None] % (211, 223, 227)).astype(np.uint8)
-    rows = [(f'{i}', photo, y, {'a': y, 'b': y.roll(9, 1), 'c': y.roll(40, 0)}) for i in range(14)]
+    image = (np.add.outer(np.arange(640), np.arange(1280))[..., None] % (211, 223, 227)).astype(np.uint8)
+    rows = [(f'{i}', image, y, {'a': y, 'b': y.roll(9, 1), 'c': y.roll(40, 0)}) for i in range(14)]
     write_report(out, title='large', panels=rows)
     text = read(out)[0]
     assert len(text) < 4e6 and text.count('class="row"') == 12 and '12 of 14 images' in text
@@ -186,7 +186,7 @@ def test_mix_ups_by_hand():
     cm = torch.tensor([[80, 20, 0], [3, 97, 0], [6, 0, 4]])
     assert mix_ups(Scores(cm, THREE)) == [(0, 1, .2), (2, 0, .6)]
 
-def test_data_uri_of_a_small_photo_is_png(): assert data_uri(Image.new('RGB', (9, 9)), photo=True).startswith('data:image/png')
+def test_data_uri_of_a_small_image_is_png(): assert data_uri(Image.new('RGB', (9, 9)), lossy=True).startswith('data:image/png')
 def test_element_attributes(): assert el('img', src='a"b', alt=None) == '<img src="a&quot;b">'
 
 # pictures
