@@ -26,7 +26,9 @@ def _seen(dataset, i, image, label, window, rng, colour=None):
     "Image i through a window, in other colours; the window's complaint gets the name of the image."
     try: image,label,g = look(image, label, window, rng)
     except InputError as e: raise InputError(f'{dataset.names[i]}: {e}' if hasattr(dataset, 'names') else str(e)) from None
-    return colour(image, rng) if colour else image, label, g
+    return colour(_bytes(image), rng) if colour else image, label, g
+
+def _bytes(image): return image if image.dtype == torch.uint8 else image.round().clamp(0, 255).to(torch.uint8)   # `Augment` makes floats
 
 def _windows(dataset, window, seed, stream, colour, index=shuffled_index, blind=False):
     "position -> (image, label), or (image, its number) where labels are not to be seen."

@@ -209,3 +209,14 @@ def test_unlabelled_never_looks_at_a_label():
     alike(make(2)[0], labelled(Items(), WEAK, 3, "target")(2)[0])
     assert sorted(make(i)[1] for i in range(5)) == list(range(5))
     assert unlabelled(Blind(), Augment(crop_height=33, crop_width=33), 3)(0)[0].shape == (3, 33, 33)
+
+
+def test_colours_after_windows_that_make_floats():
+    "DIP's `Augment` hands on floats; changes of colour want bytes."
+    from protonb.mixing import jitter_of
+    from protonb.transforms import Augment
+    image, label = torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8), torch.zeros(40, 60, dtype=torch.int64)
+    cfg = Augment(crop_height=24, crop_width=32)
+    changed, plain = (labelled([(image, label)], cfg, 1, colour=jitter_of(s))(0) for s in (.25, 0.))
+    assert changed[0].dtype == torch.uint8 and changed[0].shape == plain[0].shape == (3, 24, 32)
+    assert torch.equal(changed[1], plain[1]) and (changed[0].float()-plain[0]).abs().mean() > 1
