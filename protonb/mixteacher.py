@@ -15,7 +15,7 @@ from .feeding import enlarged, network_input
 from .joint import run_settings, source_stream
 from .labels import IGNORE
 from .methods import Job, Method, accelerator_of, learn
-from .mixing import blur_batch, jitter_batch, mix_masks, paste
+from .mixing import blur_batch, jitter_batch, match_colours, mix_masks, paste
 from .ops import logits_cross_entropy
 from .optimization import optimizer_of
 from .processes import cross_entropy, for_processes, held, mean_over, sum_over
@@ -71,14 +71,14 @@ def step(
     batch,             # dict: source (images uint8, labels), target (images uint8, known labels[, tags])
     cfg,               # `MixTeacher`
     seed=0,            # Seed of all that is drawn in a step
-    backward=Tensor.backward,  # `accelerator.backward` in a run
-    acc=None,          # Accelerator; None for a single process
+    backward=Tensor.backward, acc=None,  # `accelerator.backward` and the accelerator in a run of several processes
 )->dict:               # Detached scalars to log
     "One update from two backward passes."
     (x,y),(x_t,y_t,*tags),n,reduce = batch['source'],batch['target'],sched.last_epoch,sum_over(acc)
     rng = rng_for(seed, 'mixteacher', n)
     generator = torch.Generator(x.device).manual_seed(int(rng.integers(2**62)))
     if n: update_average(teacher, student, min(cfg.alpha, 1-1/(n+1)), None)   # a short memory at first
+    if rng.random() < cfg.style: x = match_colours(x, x_t)
     m_x,m_y,m_w,mask = class_mix((x, y), x_t, *teacher_labels(teacher, x_t, y_t, *tags, tau=cfg.tau), generator)
     opt.zero_grad(set_to_none=True)
     with held(student, acc):
@@ -102,6 +102,7 @@ class MixTeacher:
     weight:float = 1.              # Weight of the pixels of the target that are known
     share:float = .5               # With `few` and `full`: how many of the labelled images are target images
     colour:float = .25             # Strength of the colour changes, 0..0.5; 0: none, and no blur
+    style:float = 1.               # How often the labelled images come in the colours of the target's, 0..1
     rare:float = 0.                # Temperature of rare-class sampling of the source; 0: every image once an epoch
     optimizer:Literal['adamw', 'sgd'] = 'adamw'               # Its rule
     lr:float = 6e-5                # Learning rate of the backbone
@@ -145,10 +146,10 @@ def adapt(
 # %% ../nbs/05_methods/09_mixteacher.ipynb #a9b474e3
 def _fitted(s:Situation):
     "A teacher that forgets within a tenth of the run, a confidence that a short run reaches."
-    return MixTeacher(alpha=memory(s, .1), tau=.8, colour=.1 if s.tiny else .25, **run_settings(s))
+    return MixTeacher(alpha=memory(s, .1), tau=.8, **run_settings(s))
 
 # %% ../nbs/05_methods/09_mixteacher.ipynb #bc1eb6d1
 METHOD = Method(
     'mixteacher', 'Adapt with whatever labels the target has, none included: a slow teacher, and classes pasted onto target images.',
     MixTeacher, (('mixteacher', adapt),), net='iapc_resnet101', target='any', steps=40_000, fitted=_fitted,
-    often=('labels', 'lr', 'alpha', 'tau', 'mix', 'weight', 'colour', 'rare', 'window.crop_height', 'window.crop_width'))
+    often=('labels', 'lr', 'alpha', 'tau', 'mix', 'weight', 'colour', 'style', 'rare', 'window.crop_height', 'window.crop_width'))

@@ -16,8 +16,6 @@ DRAWS = re.compile(r"\b(Streets|REAL|SYNTHETIC)\b|\bstreets:")
 PHOTOGRAPHS = {  # notebooks that draw streets and speak of real photographs
     "01_data/02b_files.ipynb": "what cameras and phones write",
     "01_data/03_datasets.ipynb": "folders of a user's own and the files of drawing tools",
-    "05_methods/01_source_only.ipynb": "to be reworded",
-    "05_methods/08_joint.ipynb": "to be reworded",
     "07_shell/02_cli.ipynb": "`protonb predict` on a user's own folder",
 }
 LAYERS = ["01_data", "02_ops", "03_models", "04_learning", "05_methods", "07_shell"]

@@ -76,17 +76,23 @@ def test_teacher_labels_pixel_by_pixel():
                     assert w[b, i, j] == share and ids[b, i, j] == (p[:, i, j].argmax() if b else torch.tensor([0, 2, 3])[p[:, i, j].argmax()])
 
 
+@pytest.mark.parametrize("style", [0., 1.], ids=["own colours", "the target's colours"])
 @pytest.mark.parametrize("known", [False, True], ids=["nothing known", "a part known"])
-def test_mixteacher_step_is_its_equation(known):
+def test_mixteacher_step_is_its_equation(known, style):
     student, teacher = nets(), average_of(nets(1))
     plain, slow = deepcopy(student), deepcopy(teacher)
-    cfg = mixteacher.MixTeacher(colour=0., tau=.3, mix=.7, weight=.5)
+    cfg = mixteacher.MixTeacher(colour=0., tau=.3, mix=.7, weight=.5, style=style)
     (x, y), (x_t, y_t) = ((torch.stack([d[i][0] for i in (0, 1)]), torch.stack([d[i][1] for i in (0, 1)])) for d in (GAMES, TARGET))
     y_t = y_t.clone()
     y_t[:, 10 if known else 0:] = IGNORE
     opt = torch.optim.SGD(student.parameters(), lr=0.)
     log = mixteacher.step(student, teacher, opt, torch.optim.lr_scheduler.ConstantLR(opt, 1.), dict(source=(x, y), target=(x_t, y_t)), cfg)
     rng = mixteacher.rng_for(0, "mixteacher", 0)
+    if style:
+        (m, d), (m_t, d_t) = ((v.float().mean((2, 3), keepdim=True), v.float().var((2, 3), keepdim=True, correction=0).sqrt()) for v in (x, x_t))
+        styled = ((x-m)/d*d_t+m_t).clamp(0, 255)
+        assert (styled-x).abs().mean() > 2
+        x = styled
     mask = mix_masks(y, torch.Generator().manual_seed(int(rng.integers(2**62))))
     with torch.no_grad(): p, ids = F.interpolate(slow(normalize(x_t)), y.shape[1:], mode="bilinear", align_corners=True).softmax(1).max(1)
     w = (p >= .3).float().mean((1, 2), keepdim=True).expand_as(p)
