@@ -368,7 +368,7 @@ examples:
 data sets:
   gta5:DIR  synthia:DIR  cityscapes:DIR  camvid:DIR  carla:DIR  carlascapes:DIR
   bdd100k:DIR  vistas:DIR  acdc:DIR  dark_zurich:DIR  idd:DIR
-  folder:FILE.toml  images:DIR (unlabelled)  streets:synthetic  streets:real"""
+  folder:FILE.toml  folder:EXPORT (of CVAT, Supervisely)  images:DIR (unlabelled)  streets:synthetic  streets:real"""
 
 # %% ../nbs/07_shell/02_cli.ipynb #9668d313
 def parse(

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
-from .annotations import ALL_IN_ONE, PER_PHOTO, Entry, read_drawings, read_painted
+from .annotations import ALL_IN_ONE, PER_PHOTO, Entry, read_classes, read_drawings, read_painted
 from .core import InputError
 from .files import (PICTURES, amiss, collecting, files_below, is_collecting, is_pattern, list_files, match_files, normal,
     noted, read_image, read_label, read_label16, read_list, read_palette, read_text)
@@ -279,10 +279,10 @@ def carla(
 
 # %% ../nbs/01_data/03_datasets.ipynb #479dd89f
 _KEYS = dict(name=str, space=str, image_suffix=str, label_suffix=str, channel=int, resize_label=bool, only_labelled=bool,
-    nearest=(bool, int, float), ignore_colours=list, images=dict, labels=dict, lists=dict, classes=dict, ids=dict,
+    nearest=(bool, int, float), ignore_colours=list, images=dict, labels=dict, lists=dict, classes=(dict, str), ids=dict,
     format=str, unlabelled=str, names=dict)
 _TOML_NAMES = {str: 'a text', int: 'a number', bool: 'true or false', dict: 'a table', list: 'a list',
-    (bool, int, float): 'true, false or a number'}
+    (bool, int, float): 'true, false or a number', (dict, str): 'a table, or the name of a file'}
 
 def _toml(path):
     "The description of a data set, with its keys checked."
@@ -295,14 +295,37 @@ def _toml(path):
     if 'images' not in cfg: raise InputError(f'{path}: has no table [images], expected one folder per split in it')
     for k in ('images', 'labels', 'lists'):
         for split, where in cfg.get(k, {}).items(): _toml_places(path, k, split, where)
-    if ('space' in cfg) == ('classes' in cfg): raise InputError(f'{path}: expected either space = "..." or a table [classes]')
-    return cfg
+    return _with_classes(path, cfg)
 
 def _toml_places(path, k, split, where):
     "Refuse what is no folder."
     good = isinstance(where, str) or k != 'lists' and isinstance(where, list) and where and all(isinstance(w, str) for w in where)
     want = 'a text file' if k == 'lists' else 'a folder or a list of folders'
     if not good: raise InputError(f'{path}: {split} in [{k}] is {where!r}, expected {want}')
+
+# %% ../nbs/01_data/03_datasets.ipynb #0c1d5e4f
+def _places(config, where): return [str(Path(config).parent/Path(w).expanduser()) for w in ([where] if isinstance(where, str) else where)]
+
+def _class_file(path, cfg):
+    "The file in which an export lists its classes: named as such, or found beside or above the labels."
+    if isinstance(cfg.get('classes'), str): return _places(path, cfg['classes'])[0]
+    kind, labels = cfg.get('format', 'files'), [p for w in cfg.get('labels', {}).values() for p in _places(path, w)]
+    if 'classes' in cfg or 'space' in cfg or not labels: return None
+    if kind == 'cvat': return labels[0]
+    name = dict(files='labelmap.txt', supervisely='meta.json').get(kind)
+    near = [Path(path).parent, *(up for p in labels for up in (Path(p), *Path(p).parents[:2]))] if name else ()
+    return next((d/name for d in near if (d/name).is_file()), None)
+
+# %% ../nbs/01_data/03_datasets.ipynb #1d24f32c
+def _with_classes(path, cfg):
+    "The description with a table of its classes. Of an export's, those that it maps to others or does not count are left out."
+    if file := _class_file(path, cfg):
+        said, void = cfg.get('names', {}), cfg.get('ignore_colours', [])
+        found = read_classes(file)
+        cfg['classes'] = {c: list(rgb) for c, rgb in found.items() if rgb and c not in said and list(rgb) not in void}
+        if cfg.get('format', 'files') != 'files': cfg['names'] = {c: 'skip' for c, rgb in found.items() if not rgb} | said
+    if ('space' in cfg) == ('classes' in cfg): raise InputError(f'{path}: expected either space = "..." or a table [classes]')
+    return cfg
 
 # %% ../nbs/01_data/03_datasets.ipynb #5ae20635
 def _is_colour(c): return isinstance(c, list) and len(c) == 3 and all(type(v) is int and 0 <= v < 256 for v in c)
@@ -363,16 +386,64 @@ def _toml_read(path, cfg, own):
         if c not in known: raise InputError(f'{path}: {k} is {c!r}, expected one of: {", ".join(known)}')
     return partial(read_painted, format=kind, ids={n: known[c] for n, c in names.items()}, ground=known[ground])
 
+# %% ../nbs/01_data/03_datasets.ipynb #2c29f24d
+_MEANT = dict(training='train', validation='val', valid='val', testing='test')
+
+def _split_names(names):
+    "Name on disk -> split."
+    meant = {n: _MEANT.get(n.lower(), n.lower() if n.lower() in ('train', 'val', 'test') else n) for n in names}
+    if len(meant) == 1: return dict.fromkeys(meant, 'train')
+    if 'train' not in meant.values(): meant = {n: 'train' if n == 'default' else s for n, s in meant.items()}
+    return {n: s if list(meant.values()).count(s) == 1 else n for n, s in meant.items()}
+
+def _voc_export(root):
+    "Pascal VOC, CVAT's `Segmentation mask 1.1`: one folder of images, one of masks, a list for each split."
+    lists = {p.stem: p for p in sorted(root.glob('ImageSets/Segmentation/*.txt')) if read_list(p)}
+    if 'train' in lists and 'val' in lists: lists.pop('trainval', None)
+    names = _split_names(lists) or dict(train='train')
+    return dict(images=dict.fromkeys(names.values(), 'JPEGImages'), labels=dict.fromkeys(names.values(), 'SegmentationClass'),
+                **(dict(lists={s: str(lists[n].relative_to(root)) for n, s in names.items()}) if lists else {}))
+
+# %% ../nbs/01_data/03_datasets.ipynb #d317f26c
+def _cvat_export(root):
+    "`CVAT for images`: all outlines in one file; the images in one folder, or in one for each split."
+    top = 'images' if (root/'images').is_dir() else '.'
+    usual = (*_MEANT, *_MEANT.values(), 'train', 'default')
+    names = _split_names([p.name for p in sorted((root/top).iterdir()) if p.is_dir() and p.name.lower() in usual])
+    images = {s: f'{top}/{n}' for n, s in names.items()} or dict(train=top)
+    return dict(format='cvat', images=images, labels=dict.fromkeys(images, 'annotations.xml'))
+
+def _supervisely_export(root):
+    names = _split_names([p.parent.name for p in sorted(root.glob('*/ann'))])
+    if not names: raise InputError(f'{root}: holds a meta.json and no folder NAME/ann, expected a project of Supervisely')
+    images, labels = ({s: f'{n}/{part}' for n, s in names.items()} for part in ('img', 'ann'))
+    return dict(format='supervisely', images=images, labels=labels)
+
+_EXPORTS = {'labelmap.txt': _voc_export, 'annotations.xml': _cvat_export, 'meta.json': _supervisely_export}    # by their files of classes
+
+# %% ../nbs/01_data/03_datasets.ipynb #05bc64da
+def _described(config):
+    "A description, and the file beside which its folders lie: TOML, or an export that needs none."
+    config = Path(config)
+    if not config.is_dir() and config.name not in _EXPORTS: return config, _toml(config)
+    root = config if config.is_dir() else config.parent
+    for name, splits in _EXPORTS.items():
+        if (root/name).is_file(): return root/name, _with_classes(root/name, splits(root) | dict(name=root.resolve().name, classes=name))
+    below = next((p for p in sorted(root.iterdir()) if p.is_dir() and any((p/name).is_file() for name in _EXPORTS)), None)
+    more = f'; one lies in {below}: give folder:{below}' if below else ''
+    raise InputError(f'{root}: is a folder, expected a TOML file or an export of CVAT, Pascal VOC or Supervisely, '
+                     f'with {" or ".join(_EXPORTS)} in it{more}')
+
 # %% ../nbs/01_data/03_datasets.ipynb #98a286f3
 def folder(
-    config,         # Path of the TOML file
+    config,         # Path of the TOML file, or the folder of an export that brings its classes along
     split='train',  # A key of its [images]
     space=None,     # A subset of its classes; all of them when left out
     labelled=True,  # False: labels need not exist and are never opened
     only_labelled=False, # True: images without a label are left out
 )->PairFolder:      # Pairs of the split
     "Any folder of images with labels, as described by a TOML file."
-    cfg = _toml(config)
+    config, cfg = _described(config)
     own = _toml_space(config, cfg)
     space = space or own
     _within(space, own, str(config))
@@ -388,8 +459,6 @@ def folder(
 # %% ../nbs/01_data/03_datasets.ipynb #cd19ad2f
 _JSON = ('.json', *(f'{e}.json' for e in PICTURES))         # Supervisely keeps the ending of the photo
 _ENDS = dict(files=('.png', '.tif', '.tiff', '.bmp'), cityscapes=('.json', '_gtFine_polygons.json', '_gtCoarse_polygons.json'))
-
-def _places(config, where): return [str(Path(config).parent/Path(w).expanduser()) for w in ([where] if isinstance(where, str) else where)]
 
 def _toml_pairs(config, cfg, split, labelled, only_labelled):
     "Image paths, label paths (None for an unlabelled split) and names."
@@ -689,7 +758,7 @@ def splits_of(
     "The splits that a text means: the one it names, or all that are there."
     kind, path, opt = _parse(spec)
     if 'split' in opt: return [opt['split']]
-    if kind == 'folder': return list(_toml(os.path.expanduser(path))['images'])
+    if kind == 'folder': return list(_described(os.path.expanduser(path))[1]['images'])
     if 'split' not in _KINDS[kind] or kind == 'streets': return ['train', 'val'][:1 + (kind == 'streets')]
     there, opt = {}, {k: v for k, v in opt.items() if k not in ('size', 'cache')}
     more = ('train_extra',) if opt.get('labels') == 'coarse' else ()      # Cityscapes: only coarse labels exist for these

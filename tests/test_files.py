@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from protonb.annotations import read_classes
 from protonb.cli import main
 from protonb.core import InputError
-from protonb.datasets import folder, images, open_dataset, published, require_labels, take
+from protonb.datasets import folder, images, open_dataset, published, require_labels, splits_of, take
 from protonb.evaluation import evaluate
 from protonb.files import files_below, image_size, list_files, read_image, read_label, read_list
 from protonb.labels import CAMVID, CAMVID_COLOURS, CITYSCAPES, CITYSCAPES16, FAR, ClassSpace
@@ -809,6 +810,100 @@ road = [128, 64, 128]
     assert command("eval", tmp_path / "r", "--data", f"folder:{tmp_path}/cvat.toml", "--device", "cpu")[0] == 0
     (found,) = score_of(tmp_path / "r").values()
     assert np.array(found["cm"]).sum() == 40*48 and np.array(found["cm"]).sum(1).tolist() == np.bincount(ids.ravel(), minlength=3).tolist()
+
+
+def cvat_export(root, splits, table={"background": (0, 0, 0), "car": (250, 50, 83), "road": (128, 64, 128)}, folder=""):
+    """CVAT's `Segmentation mask 1.1`: photos, masks in colours, a list for each split, and the classes in labelmap.txt."""
+    rng, frames = np.random.default_rng(0), {}
+    for split, n in splits.items():
+        for i in range(n):
+            name, ids = f"{folder}{split}{i}", np.kron(rng.integers(0, len(table), (5, 6)), np.ones((8, 8), int))
+            save(root / f"JPEGImages/{name}.jpg", painted(ids, table), quality=95), save(root / f"SegmentationClass/{name}.png", painted(ids, table))
+            save(root / f"SegmentationObject/{name}.png", painted(ids, table))
+            frames.setdefault(split, {})[name] = ids
+        (root / "ImageSets/Segmentation").mkdir(parents=True, exist_ok=True)
+        (root / f"ImageSets/Segmentation/{split}.txt").write_text("".join(f"{f}\n" for f in frames.get(split, ())))
+    lines = ["# label:color_rgb:parts:actions", *(f"{c}:{','.join(map(str, rgb))}::" for c, rgb in table.items())]
+    (root / "labelmap.txt").write_text("\n".join(lines))
+    return frames
+
+
+@pytest.mark.parametrize("splits, names", [(dict(train=3, val=1), ["train", "val"]), (dict(Train=3, Validation=1, Test=0), ["train", "val"]),
+                                           (dict(default=3, val=1), ["train", "val"]), (dict(train=3, val=1, trainval=0), ["train", "val"])])
+def test_a_cvat_export_is_opened_as_it_is(tmp_path, splits, names):
+    frames = cvat_export(tmp_path, splits, folder="job_1/")
+    if "trainval" in splits: (tmp_path / "ImageSets/Segmentation/trainval.txt").write_text("job_1/train0\njob_1/val0\n")
+    data = f"folder:{tmp_path}"
+    assert splits_of(data) == names and open_dataset(data).space.classes == ("background", "car", "road")
+    assert command("train", "source-only", "--source", data, "--out", tmp_path / "r", *SMALL)[0] == 0
+    assert command("eval", tmp_path / "r", "--data", data, "--device", "cpu")[0] == 0
+    (found,) = score_of(tmp_path / "r").values()
+    (ids,) = frames[list(splits)[1]].values()
+    assert np.array(found["cm"]).sum(1).tolist() == np.bincount(ids.ravel(), minlength=3).tolist()
+    assert command("data", "check", data)[0] == 0
+
+
+def test_a_cvat_export_of_one_list(tmp_path):
+    (ids, *_) = cvat_export(tmp_path / "x", dict(default=2))["default"].values()
+    assert splits_of(f"folder:{tmp_path}/x") == ["train"]
+    for given in ("x", "x/labelmap.txt"): assert np.array_equal(folder(tmp_path / given)[0][1], ids)
+    refused(lambda: open_dataset(f"folder:{tmp_path}/x", "val"), "no split 'val', only: train")
+    refused(lambda: folder(tmp_path), "expected a TOML file or an export of CVAT", f"give folder:{tmp_path}/x")
+    refused(lambda: folder(tmp_path / "x/JPEGImages"), "is a folder, expected a TOML file")
+    toml = tmp_path / "own.toml"                                                  # photos elsewhere, background left out, classes from the file
+    toml.write_text('ignore_colours = [[0, 0, 0]]\nimages = {train = "x/JPEGImages"}\nlabels = {train = "x/SegmentationClass"}\n')
+    assert folder(toml).space.classes == ("car", "road") and np.array_equal(folder(toml)[0][1], np.array([255, 0, 1])[ids])
+    toml.write_text('classes = "x/labelmap.txt"\n' + toml.read_text())
+    assert np.array_equal(folder(toml)[0][1], np.array([255, 0, 1])[ids])
+    palette = Image.fromarray(np.uint8(ids))                                      # masks of one channel: the index is the place in the list
+    palette.putpalette([v for rgb in ((0, 0, 0), (250, 50, 83), (128, 64, 128)) for v in rgb])
+    palette.save(tmp_path / "x/SegmentationClass/default0.png")
+    assert np.array_equal(folder(tmp_path / "x")[0][1], ids)
+
+
+def test_supervisely_projects_are_opened_as_they_are(tmp_path):
+    meta = dict(classes=[dict(title="ground", shape="any", color="#0A141E"), dict(title="car", shape="polygon", color="#C80000"),
+        dict(title="wire", shape="line", color="#00FF00")], tags=[])
+    d = dict(size=dict(height=3, width=4), objects=[dict(classTitle="car", geometryType="polygon", points=dict(exterior=SQUARE, interior=[])),
+        dict(classTitle="wire", geometryType="line", points=dict(exterior=[[0, 0], [3, 2]], interior=[]))])
+    root = tmp_path / "project"
+    for ds in ("train", "val"):
+        save(root / ds / "img/a.jpg", PHOTO if ds == "train" else 255 - PHOTO), (root / ds / "ann").mkdir()
+        (root / ds / "ann/a.jpg.json").write_text(json.dumps(d))
+    (root / "meta.json").write_text(json.dumps(meta))
+    assert splits_of(f"folder:{root}") == ["train", "val"]
+    ds = folder(root, "val")
+    assert (ds.space.classes, ds.space.palette, ds[0][1].tolist()) == (("ground", "car"), ((10, 20, 30), (200, 0, 0)), WANT.tolist())
+    (root / "own.toml").write_text('format = "supervisely"\nimages = {train = "train/img"}\nlabels = {train = "train/ann"}')
+    assert folder(root / "own.toml")[0][1].tolist() == WANT.tolist()              # the classes of meta.json, as none are given
+    (root / "own.toml").write_text((root / "own.toml").read_text() + '\nnames = {car = "ground"}')
+    assert folder(root / "own.toml").space.classes == ("ground",) and folder(root / "own.toml")[0][1].max() == 255
+    for bad, words in (({}, "KeyError"), (dict(classes=[]), "no class with a colour"), (dict(classes=[meta["classes"][2]]), "no class with a colour"),
+            (dict(classes=[dict(title="car", color="red")]), "ValueError"), (dict(classes=[meta["classes"][1]]*2), "is there twice")):
+        (root / "meta.json").write_text(json.dumps(bad))
+        refused(lambda: folder(root), "meta.json: is no supervisely file", words)
+
+
+def test_outlines_of_cvat_bring_their_classes(tmp_path):
+    labels = "".join(f"<label><name>{c}</name><color>{rgb}</color><type>{kind}</type></label>" for c, rgb, kind in
+                     (("ground", "#0a141e", "any"), ("car", "#c80000", "polygon"), ("tree", "#007828", "mask"), ("night", "#ffffff", "tag")))
+    text = CVAT.replace("<annotations>", f"<annotations><meta><job><labels>{labels}</labels></job></meta>")
+    save(tmp_path / "x/images/job/a.jpg", PHOTO), save(tmp_path / "x/images/other.jpg", PHOTO)
+    (tmp_path / "x/annotations.xml").write_text(text)
+    want = np.where(WANT == 255, 0, WANT)
+    want[[1, 2, 2], [2, 2, 3]] = 2
+    ds = folder(tmp_path / "x")
+    assert (ds.space.classes, ds.space.palette, len(ds), ds[0][1].tolist()) == (tuple(COLOURS), tuple(COLOURS.values()), 2, want.tolist())
+
+
+@pytest.mark.parametrize("text", ["# rows\n\nground:10,20,30::\n car:200,0,0:door:\ntree: 0, 120, 40\n", "10 20 30 ground\n200\t0\t0 car\n0, 120, 40, tree",
+                                  "name,r,g,b\r\nground,10,20,30\r\ncar, 200, 0, 0\r\ntree,0,120,40\r\n"])
+def test_tables_of_classes(tmp_path, text):
+    (tmp_path / "c.txt").write_text(text, encoding="utf-8-sig", newline="")
+    assert read_classes(tmp_path / "c.txt") == COLOURS
+    for bad, words in ((text + "\nsky", "no colour in 'sky'"), (text.replace("200", "300"), "no r,g,b"), (text.replace("tree", "car"), "twice"), ("", "no class")):
+        (tmp_path / "c.txt").write_text(bad)
+        refused(lambda: read_classes(tmp_path / "c.txt"), "c.txt: is no colour table file", words)
 
 
 def test_the_means_of_cityscapes16():
