@@ -237,7 +237,7 @@ def _several(m):
 
 def _rest(m):
     "Classes, scores, recipe, settings, training."
-    yield _option('classes', str, "Class space: cityscapes, cityscapes16, cityscapes13, camvid; the data's own when left out", '')
+    yield _option('classes', str, "Class space: cityscapes, cityscapes16, cityscapes13, camvid, idd; the data's own when left out", '')
     yield _option('val', str, 'Score on this data set (split val) at the end', '')
     if m.fitted: yield _option('recipe', Literal['fitted', 'released'], "Settings made for this run's length, batch, images, classes and "
                                "start, or the paper's", 'fitted')

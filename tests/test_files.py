@@ -18,7 +18,7 @@ from protonb.core import InputError
 from protonb.datasets import folder, images, open_dataset, published, require_labels, splits_of, take
 from protonb.evaluation import evaluate
 from protonb.files import files_below, image_size, list_files, read_image, read_label, read_list
-from protonb.labels import CAMVID, CAMVID_COLOURS, CITYSCAPES, CITYSCAPES16, FAR, ClassSpace
+from protonb.labels import CAMVID, CAMVID_COLOURS, CITYSCAPES, CITYSCAPES16, FAR, IDD, ClassSpace
 
 IDS = np.array([[0, 0, 1, 1], [0, 2, 2, 1], [0, 2, 2, 1]], np.uint8)
 COLOURS = dict(ground=(10, 20, 30), car=(200, 0, 0), tree=(0, 120, 40))
@@ -618,6 +618,7 @@ TRAINED = np.array([[0, 13, 10, 255]]*3, np.uint8)
     ("vistas", "validation/images/u_0.jpg", "validation/v1.2/labels/u_0.png", np.array([[13, 55, 27, 65]]*3, np.uint8), "", "val"),
     ("vistas", "training/images/u_0.jpg", "training/labels/u_0.png", np.array([[24, 55, 27, 0]]*3, np.uint8), "", "train"),
     ("idd", "leftImg8bit/train/7/u_0_leftImg8bit.png", "gtFine/train/7/u_0_gtFine_labelcsTrainIds.png", TRAINED, "", "train"),
+    ("idd", "leftImg8bit/val/7/u_0_leftImg8bit.jpg", "gtFine/val/7/u_0_gtFine_labelids.png", np.array([[0, 12, 33, 35]]*3, np.uint8), "", "val"),
     ("carlascapes", "images/u_0_img.jpg", "labels/u_0_labelIds.png", np.array([[1, 14, 11, 0]]*3, np.uint8), "", "train"),
     ("gta5", "images/u_0.png", "labels/u_0.png", np.array([[7, 26, 23, 34]]*3, np.uint8), "", "train")])
 def test_layouts(tmp_path, kind, image, label, raw, opt, split):
@@ -645,6 +646,30 @@ def test_outlines_of_cityscapes_and_idd(tmp_path):
         assert open_dataset(f"{kind}:{root}")[0][1].tolist() == [[255, 0, 0, want], [255, 0, 0, 0], [255, 0, 0, 0]]
     p.write_text(json.dumps(dict(imgHeight=3, imgWidth=4, objects=[dict(label="moon", polygon=whole)])))
     refused(lambda: open_dataset(f"idd:{root}")[0], "a_gtFine_polygons.json", "unknown class 'moon'")
+
+
+def test_idd_in_its_own_classes(tmp_path):
+    """Level 3 of IDD's tree: 26 classes, in which an animal is a person, a parking lot drivable, a train some vehicle."""
+    leaves, level3 = {"parking": 1, "animal": 7, "train": 17, "tunnel": 31, "out of roi": 38}, [1, 4, 12, 23, 255]
+    root, files = tmp_path / "leftImg8bit/val/7", tmp_path / "gtFine/val/7"
+    photo = np.kron(PHOTO[:1, :1], np.ones((1, 5, 1), np.uint8))
+    save(root / "u_0_leftImg8bit.png", photo), save(files / "u_0_gtFine_labellevel3Ids.png", np.array([level3], np.uint8))
+    ds = open_dataset(f"idd:{tmp_path}", "val")
+    assert ds.space is IDD and ds.space.num_classes == 26 and ds[0][1].tolist() == [level3]
+    assert open_dataset(f"idd:{tmp_path}", "val", CITYSCAPES)[0][1].tolist() == [[255, CITYSCAPES.index("person"), 255, 255, 255]]
+    (files / "u_0_gtFine_labellevel3Ids.png").unlink()
+    save(files / "u_0_gtFine_labelIds.png", np.array([list(leaves.values())], np.uint8))
+    assert open_dataset(f"idd:{tmp_path}", "val", IDD)[0][1].tolist() == [level3]
+    city = [[255, 255, CITYSCAPES.index("train"), 255, 255]]                               # IDD's own way to Cityscapes' ids
+    assert open_dataset(f"idd:{tmp_path}", "val")[0][1].tolist() == city
+    (files / "u_0_gtFine_labelIds.png").unlink()
+    objects = [dict(label=n, polygon=[[i, 0], [i, 0]]) for i, n in enumerate(leaves)]
+    (files / "u_0_gtFine_polygons.json").write_text(json.dumps(dict(imgHeight=1, imgWidth=5, objects=objects)))
+    assert open_dataset(f"idd:{tmp_path}", "val", IDD)[0][1].tolist() == [level3] and open_dataset(f"idd:{tmp_path}", "val")[0][1].tolist() == city
+    save(files / "u_0_gtFine_labellevel3Ids.png", np.full((1, 5), 26, np.uint8))
+    (files / "u_0_gtFine_polygons.json").unlink()
+    refused(lambda: open_dataset(f"idd:{tmp_path}", "val")[0], "unknown label id 26")
+    assert command("train", "source-only", "--source", f"idd:{tmp_path}", "--out", tmp_path / "r", *SMALL, "--classes", "id")[0] == 2
 
 
 def test_vistas_by_its_config(tmp_path):
