@@ -55,12 +55,12 @@ def _about(o, m, target):
 _NO_LANES = ('dip', 'pbal', 'proda', 'wdass')    # their papers leave SYNTHIA's lane markings out; PixDA calls them road
 
 def _start(o, m):
-    "Source images or None, class space, name of the network, (weights) -> the network."
+    "Source images or None, class space, name of the network, (seed, weights) -> the network."
     if m.source == 'labelled':
         if o.source.startswith('synthia:') and 'lane_is_road=' not in o.source and m.name in _NO_LANES: o.source += ',lane_is_road=false'
         source = probe(open_dataset(o.source, 'train', _space(o, m)), role=f'--source {o.source}')
         K = None if m.networks == 'features' else source.space.num_classes
-        return source, source.space, o.net, lambda weights, entry='', *more: build_net(o.net, K, weights, o.train.seed, entry, *more)
+        return source, source.space, o.net, lambda seed, weights, *more: build_net(o.net, K, weights, seed, *more)
     first = open_any(o.start, FileOptions(o.net, entry=o.entry), space_said(o.classes))
     if (name := first.config['net']) not in ADAPTABLE:
         raise InputError(f'{o.start}: its network is {name}; {m.name.upper()} needs one of {", ".join(ADAPTABLE)}')
@@ -77,10 +77,10 @@ def open_job(
     target,val = open_target(m, o, space),probe(open_dataset(o.val, 'val', space), role=f'--val {o.val}') if o.val else None
     weights,begin = getattr(o, 'weights', None),getattr(o, 'begin', 'published').replace('published', '')
     entry = getattr(o, 'entry', '')
-    net = make(weights, entry, print)
+    net = make(o.train.seed, weights, entry, print)
     options = dict(bn_clr=True) if hasattr(net, 'bn_pretrain') else {}     # ProDA's students, where the start has it
     about = dict(net=name, space=space_to_dict(space), **(dict(options=options) if options else {}), **_about(o, m, target))
-    fresh = lambda: make(o.fresh, '', None, options) if getattr(o, 'fresh', None) else make(weights, entry)
+    fresh = lambda seed=o.train.seed: make(seed, *((o.fresh, '', None, options) if getattr(o, 'fresh', None) else (weights, entry)))
     job = methods.Job(m, o.hyper, o.train, o.out, net, source, target, fresh, about, dict(getattr(o, 'stage_steps', ())), begin)
     return job, val
 
