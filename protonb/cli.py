@@ -23,7 +23,7 @@ from .data_tools import Data, use_data
 from .datasets import open_dataset, require_labels, take
 from .evaluation import FORMATS, KINDS, compare_table, output_paths, predict_files, stamp_of
 from .feeding import TestTime
-from .files import PICTURES, files_below
+from .files import PICTURES, files_below, spelt
 from .options import (choose_support, follow_source, habits, new_names, open_target, options_of, probe, short_options, situation_of,
                              space_named)
 from .pages import Demo, demo, make_report
@@ -257,7 +257,7 @@ def find_images(
     out=None,  # Where predictions go: what stands there from before is no image
 )->list:       # (name, path), sorted by path
     "The images at or below a path; hidden files and earlier predictions are left out, and no two have one name."
-    root = Path(root)
+    root = spelt(root)
     if not root.exists(): raise InputError(f'{root}: no such image or folder')
     if root.is_file(): return [(root.stem, root)]
     paths = [p for p in files_below(root, 'images') if p.suffix.lower() in PICTURES and not is_prediction(p, root, out)]

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from .annotations import ALL_IN_ONE, PER_PHOTO, Entry, read_classes, read_drawings, read_painted
 from .core import InputError
 from .files import (PICTURES, amiss, collecting, files_below, is_collecting, is_pattern, list_files, match_files, normal,
-    noted, read_image, read_label, read_label16, read_list, read_palette, read_text)
+    noted, read_image, read_label, read_label16, read_list, read_palette, read_text, spelt)
 from .labels import CAMVID, CITYSCAPES, FAR, IGNORE, SPACES, TRAIN_IDS, ClassSpace, colour_table, label_table, map_colours, map_ids
 from .published import CONDITIONS, LAYOUTS, TITLES, ids_of
 from .transforms import resize_label
@@ -123,16 +123,29 @@ def _paired(images, labels, image_folder, label_folder, ending='.png', only_labe
     if only_labelled and lone:
         images = {k: p for k, p in images.items() if k in labels}
         if images: return _paired(images, labels, image_folder, label_folder)
-        raise InputError(f'{image_folder}: none of {len(lone)} images has a label in {label_folder}, expected names in {ending}')
+        raise InputError(f'{image_folder}: none of {len(lone)} images has a label in {label_folder}, expected names in {ending}'
+                         + ('' if labels else _otherwise(label_folder, ending)))
     if lone:
         more = f' (and {len(lone)-1} more images)' if len(lone) > 1 else ''
-        raise InputError(f'{images[lone[0]]}: has no label, expected {label_folder}/{lone[0]}{ending}{more}')
+        raise InputError(f'{images[lone[0]]}: has no label, expected {label_folder}/{lone[0]}{ending}{more}'
+                         + ('' if labels else _otherwise(label_folder, ending)))
     return [images[k] for k in images], [labels[k] for k in images], _names(images)
+
+# %% ../nbs/01_data/03_datasets.ipynb #a2b4c764
+def _commonest(folder):
+    "The commonest ending of the files in a folder, and how many have it."
+    ends = Counter(p.suffix.lower() for p in files_below(folder, 'files')) if os.path.isdir(folder) else {}
+    return ends.most_common(1)[0] if ends else ('', 0)
+
+def _otherwise(folder, ending):
+    "What a folder without labels holds, where that may help."
+    end, n = _commonest(folder)
+    return f'; {n} files there end in {end}: label_suffix = "{end}" takes them' if n and end != ending else ''
 
 def _instead(folder):
     "What a folder without images holds, where that may help."
-    if not os.path.isdir(folder) or not (ends := Counter(p.suffix.lower() for p in files_below(folder, 'images'))): return ''
-    end, n = ends.most_common(1)[0]
+    end, n = _commonest(folder)
+    if not n: return ''
     return f'; {n} of its files end in {end or "nothing"}, expected {", ".join(PICTURES)}' if end not in PICTURES else ''
 
 def _names(keys):
@@ -304,7 +317,8 @@ def _toml_places(path, k, split, where):
     if not good: raise InputError(f'{path}: {split} in [{k}] is {where!r}, expected {want}')
 
 # %% ../nbs/01_data/03_datasets.ipynb #0c1d5e4f
-def _places(config, where): return [str(Path(config).parent/Path(w).expanduser()) for w in ([where] if isinstance(where, str) else where)]
+def _places(config, where):
+    return [str(spelt(Path(config).parent/Path(w).expanduser())) for w in ([where] if isinstance(where, str) else where)]
 
 def _class_file(path, cfg):
     "The file in which an export lists its classes: named as such, or found beside or above the labels."
@@ -424,7 +438,7 @@ _EXPORTS = {'labelmap.txt': _voc_export, 'annotations.xml': _cvat_export, 'meta.
 # %% ../nbs/01_data/03_datasets.ipynb #05bc64da
 def _described(config):
     "A description, and the file beside which its folders lie: TOML, or an export that needs none."
-    config = Path(config)
+    config = spelt(config)
     if not config.is_dir() and config.name not in _EXPORTS: return config, _toml(config)
     root = config if config.is_dir() else config.parent
     for name, splits in _EXPORTS.items():
@@ -744,6 +758,7 @@ def open_dataset(
 
 def _opened(kind, path, split, space, labelled, bonnet=True, lane_is_road=True, labels='fine', **opt):
     "A data set from files, without the wrappers."
+    path = spelt(path)
     if kind == 'images': return images(path, **(dict(space=space) if space else {}))
     if kind == 'folder': return folder(path, split, space, labelled, **opt)
     kind += {(False, 'fine'): '_no_lanes', (True, 'coarse'): '_coarse'}.get((lane_is_road, labels), '')

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import struct
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from protonb.annotations import read_classes
-from protonb.cli import main
+from protonb.cli import find_images, main
 from protonb.core import InputError
 from protonb.datasets import folder, images, open_dataset, published, require_labels, splits_of, take
 from protonb.evaluation import evaluate
@@ -307,6 +308,33 @@ def test_spellings_of_one_name(tmp_path):
     assert take(ds, read_list(tmp_path / "list.txt")).names == ds.names
     save(tmp_path / f"img/{both[0]}/{both[0]}.png", PHOTO)
     refused(lambda: folder(describe(tmp_path, "")), "same name")
+
+
+@pytest.mark.parametrize("disk, said", [("NFD", "NFC"), ("NFC", "NFD")])
+def test_folders_in_the_other_spelling(tmp_path, disk, said):
+    """A folder that a Mac has made, in a description, a list and a command that somebody has typed elsewhere."""
+    there, typed = (lambda t, f=f: unicodedata.normalize(f, t) for f in (disk, said))
+    root = tmp_path / there("Köln") / there("Brücke")
+    save(root / there("Fotos ü") / "a.png", PHOTO), save(root / there("Masken ü") / "a.png", IDS)
+    (root / there("liste_ü.txt")).write_text("a\n")
+    describe(root, typed('[lists]\ntrain = "liste_ü.txt"\n'), images=typed("Fotos ü"), labels=typed("Masken ü"))
+    typed_root = f"{tmp_path}/{typed('Köln/Brücke')}"
+    ds = open_dataset(f"folder:{typed_root}/d.toml")
+    assert ds[0][1].tolist() == IDS.tolist() and splits_of(f"folder:{typed_root}/d.toml") == ["train"]
+    describe(root, "", images=typed("Fotos ü/*.png"), labels=typed("Masken ü/*.png"))
+    assert open_dataset(f"folder:{typed_root}/d.toml")[0][1].tolist() == IDS.tolist()
+    assert len(images(f"{typed_root}/{typed('Fotos ü')}") if disk == said else open_dataset(f"images:{typed_root}/{typed('Fotos ü')}")) == 1
+    assert [n for n, _ in find_images(f"{typed_root}/{typed('Fotos ü')}")] == ["a"]
+    refused(lambda: open_dataset(f"folder:{typed_root}/{typed('Fotos ö')}/d.toml"), "cannot be read")
+
+
+@pytest.mark.parametrize("ending, words", [(".webp", "is a WEBP file"), (".gif", None), (".jpg", "is a JPEG file")])
+def test_labels_of_an_ending_that_is_not_looked_for(tmp_path, ending, words):
+    save(tmp_path / "img/a.png", PHOTO), save(tmp_path / f"lab/a{ending}", IDS, **(dict(lossless=True) if ending == ".webp" else {}))
+    refused(lambda: folder(describe(tmp_path, "")), "a.png: has no label", f'1 files there end in {ending}: label_suffix = "{ending}" takes them')
+    toml = describe(tmp_path, f'label_suffix = "{ending}"')
+    if words: refused(lambda: folder(toml)[0], words)
+    else: assert folder(toml)[0][1].tolist() == IDS.tolist()
 
 
 def test_links_and_hidden_files(tmp_path):
