@@ -464,11 +464,12 @@ def folder(
     if split not in cfg['images']: raise InputError(f'{config}: [images] has no split {split!r}, only: {", ".join(cfg["images"])}')
     odd = [(k, s) for k in ('labels', 'lists') for s in cfg.get(k, {}) if s not in cfg['images']]
     for k, s in odd: raise InputError(f'{config}: [{k}] has a split {s!r} that [images] lacks, which has: {", ".join(cfg["images"])}')
-    table, colours = label_table(_toml_ids(config, cfg, own), space), _toml_colours(config, cfg, own, space)
+    ids, colours = _toml_ids(config, cfg, own), _toml_colours(config, cfg, own, space)
+    if not set(ids.values()) & {*space.classes}: raise InputError(f'{config}: [ids] names none of {", ".join(space.classes)}')
     read = _toml_read(config, cfg, own)
     pairs = _toml_pairs(config, cfg, split, labelled, only_labelled or cfg.get('only_labelled', False))
-    return PairFolder(*pairs, table, space, cfg.get('channel'), cfg.get('resize_label', False), read=read, colours=colours,
-                      guessed=() if read or 'ids' in cfg or 'space' in cfg else own.classes)
+    return PairFolder(*pairs, label_table(ids, space), space, cfg.get('channel'), cfg.get('resize_label', False), read=read,
+                      colours=colours, guessed=() if read or 'ids' in cfg or 'space' in cfg else own.classes)
 
 # %% ../nbs/01_data/03_datasets.ipynb #cd19ad2f
 _JSON = ('.json', *(f'{e}.json' for e in PICTURES))         # Supervisely keeps the ending of the photo
@@ -547,6 +548,15 @@ def _key_of(name, tails, where):
         if key and (i < 2 or tail.count('/') > key.count('/')): return key
     return ''
 
+# %% ../nbs/01_data/03_datasets.ipynb #f29c1829
+_HEAD = re.compile(r'(image|img|photo|picture|file|path|name|id)s?(_?(path|name|file|id))?([\s,;]+\w+)*', re.I)
+
+def _lines(path):
+    "Lines of a list without quotes, comments and what its columns hold."
+    lines = [line.replace('"', '') for line in read_list(path) if line[0] != '#']
+    if not lines: amiss('name in a list', path, 'names no image')
+    return lines[1:] if len(lines) > 1 and _HEAD.fullmatch(lines[0]) else lines
+
 # %% ../nbs/01_data/03_datasets.ipynb #2f57a2c3
 def chosen(
     path,          # List file: one name a line, or `image label`; names with or without folders and endings
@@ -556,7 +566,7 @@ def chosen(
 )->tuple:          # Both dictionaries with the images of the list alone, in its order
     "What a list file chooses."
     here, there, some, truth = _tails(images), _tails(labels), {}, {}
-    for line in read_list(path):
+    for line in _lines(path):
         cuts = [(line, None)] + [(line[:m.start()], line[m.end():]) for m in re.finditer(r'[\s,;]+', line)]
         key, label = next(((k, l) for name, l in cuts if (k := _key_of(name, here, path))), ('', None))
         if not key:

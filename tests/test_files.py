@@ -328,6 +328,25 @@ def test_folders_in_the_other_spelling(tmp_path, disk, said):
     refused(lambda: open_dataset(f"folder:{typed_root}/{typed('Fotos ö')}/d.toml"), "cannot be read")
 
 
+@pytest.mark.parametrize("text", ["image,label\nimg/a.png,lab/a.png\n", "# chosen by hand\n\na\n", '"img/a.png","lab/a.png"\n', "file_name\r\na.png\r\n", "filename;mask\na.png;a.png"])
+def test_lists_with_a_head_comments_or_quotes(tmp_path, text):
+    for n in "ab": save(tmp_path / f"img/{n}.png", PHOTO), save(tmp_path / f"lab/{n}.png", IDS)
+    toml = describe(tmp_path, '[lists]\ntrain = "list.csv"\n')
+    (tmp_path / "list.csv").write_text(text, newline="")
+    assert folder(toml).names == ["a"] and labels_of(toml) == [IDS.tolist()]
+    (tmp_path / "list.csv").write_text("image\n")                        # a list of one line is no head
+    refused(lambda: folder(toml), "list.csv: 'image' is none of the 2 images")
+    (tmp_path / "list.csv").write_text("# nothing\n")
+    refused(lambda: folder(toml), "list.csv: names no image")
+
+
+def test_ids_that_are_all_ignored(tmp_path):
+    save(tmp_path / "img/a.png", PHOTO), save(tmp_path / "lab/a.png", IDS)
+    toml = describe(tmp_path, "")
+    toml.write_text(toml.read_text() + '\n[ids]\n0 = "ignore"\n1 = "ignore"\n2 = "ignore"\n')
+    refused(lambda: folder(toml), "d.toml: [ids] names none of ground, car, tree")
+
+
 @pytest.mark.parametrize("ending, words", [(".webp", "is a WEBP file"), (".gif", None), (".jpg", "is a JPEG file")])
 def test_labels_of_an_ending_that_is_not_looked_for(tmp_path, ending, words):
     save(tmp_path / "img/a.png", PHOTO), save(tmp_path / f"lab/a{ending}", IDS, **(dict(lossless=True) if ending == ".webp" else {}))
@@ -415,7 +434,7 @@ def test_lists_that_pair_otherwise(voc):
     assert ds[0][1][0, 0] == 0 and ds.label_paths[0].name == "003.png"
 
 
-@pytest.mark.parametrize("lines,words", [("007\n", ["'007'", "none of the 4 images"]), ("001\n001\n", ["twice"]), ("", ["holds no image"]),
+@pytest.mark.parametrize("lines,words", [("007\n", ["'007'", "none of the 4 images"]), ("001\n001\n", ["twice"]), ("", ["train.txt: names no image"]),
     ("001.jpg nothing.png\n", ["'nothing.png'"]), ("/else/Photos/001.jpg\n", ["none of the 4"]), ("Photos/001.jpg", ["none of the 4"])])
 def test_faults_of_lists(voc, lines, words): refused(lambda: folder(voc(lines)), *words)
 
