@@ -213,6 +213,7 @@ def read_classes(
         for name, rgb in parse(text):
             if not name or name in out: raise ValueError(f'class {name!r} is there twice' if name else 'a class without a name')
             if rgb is not None and not (len(rgb) == 3 and max(rgb) < 256): raise ValueError(f'colour of {name!r} is no r,g,b of 0..255')
+            if parse is _of_lines and rgb in out.values(): raise ValueError(f'{name!r} has the colour of another class')
             out[name] = rgb
         if not any(out.values()): raise ValueError('no class with a colour')
         return out

@@ -976,6 +976,8 @@ def test_tables_of_classes(tmp_path, text):
     for bad, words in ((text + "\nsky", "no colour in 'sky'"), (text.replace("200", "300"), "no r,g,b"), (text.replace("tree", "car"), "twice"), ("", "no class")):
         (tmp_path / "c.txt").write_text(bad)
         refused(lambda: read_classes(tmp_path / "c.txt"), "c.txt: is no colour table file", words)
+    (tmp_path / "c.txt").write_text("a:0,0,0::\nb:1,0,0::\nc:0,0,0::\n")
+    refused(lambda: read_classes(tmp_path / "c.txt"), "'c' has the colour of another class")
 
 
 def test_the_means_of_cityscapes16():
