@@ -23,7 +23,7 @@ from .data_tools import Data, use_data
 from .datasets import open_dataset, require_labels, take
 from .evaluation import FORMATS, KINDS, compare_table, output_paths, predict_files, stamp_of
 from .feeding import TestTime
-from .files import PICTURES, files_below
+from .files import PICTURES, files_below, spelt
 from .options import (choose_support, follow_source, habits, new_names, open_target, options_of, probe, short_options, situation_of,
                              space_named)
 from .pages import Demo, demo, make_report
@@ -55,12 +55,12 @@ def _about(o, m, target):
 _NO_LANES = ('dip', 'pbal', 'proda', 'wdass')    # their papers leave SYNTHIA's lane markings out; PixDA calls them road
 
 def _start(o, m):
-    "Source images or None, class space, name of the network, (weights) -> the network."
+    "Source images or None, class space, name of the network, (seed, weights) -> the network."
     if m.source == 'labelled':
         if o.source.startswith('synthia:') and 'lane_is_road=' not in o.source and m.name in _NO_LANES: o.source += ',lane_is_road=false'
         source = probe(open_dataset(o.source, 'train', _space(o, m)), role=f'--source {o.source}')
         K = None if m.networks == 'features' else source.space.num_classes
-        return source, source.space, o.net, lambda weights, entry='', *more: build_net(o.net, K, weights, o.train.seed, entry, *more)
+        return source, source.space, o.net, lambda seed, weights, *more: build_net(o.net, K, weights, seed, *more)
     first = open_any(o.start, FileOptions(o.net, entry=o.entry), space_said(o.classes))
     if (name := first.config['net']) not in ADAPTABLE:
         raise InputError(f'{o.start}: its network is {name}; {m.name.upper()} needs one of {", ".join(ADAPTABLE)}')
@@ -77,10 +77,10 @@ def open_job(
     target,val = open_target(m, o, space),probe(open_dataset(o.val, 'val', space), role=f'--val {o.val}') if o.val else None
     weights,begin = getattr(o, 'weights', None),getattr(o, 'begin', 'published').replace('published', '')
     entry = getattr(o, 'entry', '')
-    net = make(weights, entry, print)
+    net = make(o.train.seed, weights, entry, print)
     options = dict(bn_clr=True) if hasattr(net, 'bn_pretrain') else {}     # ProDA's students, where the start has it
     about = dict(net=name, space=space_to_dict(space), **(dict(options=options) if options else {}), **_about(o, m, target))
-    fresh = lambda: make(o.fresh, '', None, options) if getattr(o, 'fresh', None) else make(weights, entry)
+    fresh = lambda seed=o.train.seed: make(seed, *((o.fresh, '', None, options) if getattr(o, 'fresh', None) else (weights, entry)))
     job = methods.Job(m, o.hyper, o.train, o.out, net, source, target, fresh, about, dict(getattr(o, 'stage_steps', ())), begin)
     return job, val
 
@@ -257,7 +257,7 @@ def find_images(
     out=None,  # Where predictions go: what stands there from before is no image
 )->list:       # (name, path), sorted by path
     "The images at or below a path; hidden files and earlier predictions are left out, and no two have one name."
-    root = Path(root)
+    root = spelt(root)
     if not root.exists(): raise InputError(f'{root}: no such image or folder')
     if root.is_file(): return [(root.stem, root)]
     paths = [p for p in files_below(root, 'images') if p.suffix.lower() in PICTURES and not is_prediction(p, root, out)]
@@ -287,6 +287,7 @@ def predict(o:Predict):
     done = predict_files(ready(run, o.look), items, o.out, run.space, overwrite=o.overwrite, device=device, formats=o.format,
                          mark=mark_of(run, o.look), at_once=o.at_once or (8 if device.type == 'cuda' else 1), damaged=bad)
     print(f'{o.out}: {done["written"]} images written, {done["skipped"]} were there')
+    if n := done.get('others'): print(f'note: {n} of them have pictures of another network beside them, in formats not asked for now')
     if len(bad) > 1: bad.insert(0, f'{len(bad)} of {len(items)} images left out:')
     if bad: print('protonb: ' + '\n'.join(bad), file=sys.stderr)
     return 2 if bad else 0
@@ -368,7 +369,7 @@ examples:
 data sets:
   gta5:DIR  synthia:DIR  cityscapes:DIR  camvid:DIR  carla:DIR  carlascapes:DIR
   bdd100k:DIR  vistas:DIR  acdc:DIR  dark_zurich:DIR  idd:DIR
-  folder:FILE.toml  images:DIR (unlabelled)  streets:synthetic  streets:real"""
+  folder:FILE.toml  folder:EXPORT (of CVAT, Supervisely)  images:DIR (unlabelled)  streets:synthetic  streets:real"""
 
 # %% ../nbs/07_shell/02_cli.ipynb #9668d313
 def parse(

@@ -197,19 +197,24 @@ class Warp:
 # %% ../nbs/01_data/06_colour.ipynb #0011e00a
 _ORDER = ('Hflip', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY', 'Rotate')  # of the released label warp
 
-def _steps(warp, grid):
-    "(n,2,3): where a point of the result was before the last move, before the last two, ..., in the original."
+def _moves(warp, grid):
+    "Six numbers of each move, in the order done."
     (H, W), strides = warp.size, [max(1, round(n/m)) for n, m in zip(warp.size, grid)]
     moves = [(name, six) for name, _, six in warp.ops if six is not None]
-    if warp.legacy:
-        if unknown := {name for name, _ in moves} - {*_ORDER}: raise ValueError(f'ops: {sorted(unknown)} have no legacy order')
-        moves = sorted(dict(moves).items(), key=lambda m: _ORDER.index(m[0]))   # drawn twice: moved once
+    if not warp.legacy: return [six for _, six in moves]
+    if unknown := {name for name, _ in moves} - {*_ORDER}: raise ValueError(f'ops: {sorted(unknown)} have no legacy order')
+    out = []
+    for name, (a, b, c, d, e, f) in sorted(dict(moves).items(), key=lambda m: _ORDER.index(m[0])):   # drawn twice: moved once
+        if name == 'TranslateX': c = c//strides[1]*strides[1]*W/H
+        if name == 'TranslateY': f = f//strides[0]*strides[0]
+        out.append((a, b, c, d, e, f))
+    return out
+
+def _steps(warp, grid):
+    "(n,2,3): where a point of the result was before the last move, before the last two, ..., in the original."
     at, out = np.eye(3), []
-    for name, six in reversed(moves):
-        a, b, c, d, e, f = six
-        if warp.legacy and name == 'TranslateX': c = c//strides[1]*strides[1]*W/H
-        if warp.legacy and name == 'TranslateY': f = f//strides[0]*strides[0]
-        at = np.array([[a, b, c], [d, e, f], [0, 0, 1]]) @ at
+    for six in reversed(_moves(warp, grid)):
+        at = np.array([[*six[:3]], [*six[3:]], [0, 0, 1]]) @ at
         out.append(at)
     return np.stack(out or [at])[:, :2]
 
@@ -232,7 +237,23 @@ def _reads(warps, grid, device):
     xs, ys = (m[:, :, i, 0]*x[:, None] + (m[:, :, i, 1]*y[:, None] + m[:, :, i, 2]) for i in (0, 1))   # (B,n,h,w)
     inside = ((xs >= 0) & (xs < W[:, None]) & (ys >= 0) & (ys < H[:, None])).all(1) & ~hidden
     j, i = ((t[:, -1]*n/N).floor().clamp(0, n-1).long() for t, n, N in ((xs, w, W), (ys, h, H)))
-    return (i*w + j).flatten(1), inside
+    index = (i*w + j).flatten(1)
+    for n, v in enumerate(warps):
+        if v.legacy: index[n], inside[n] = _in_turn(v, grid, ~hidden[n])
+    return index, inside
+
+# %% ../nbs/01_data/06_colour.ipynb #61b3b5af
+def _in_turn(warp, grid, seen):
+    "`_reads` of one legacy record: sampled move by move, half-way to the even cell. `seen`: (h,w) cells that no box hides."
+    (h, w), (H, W) = grid, warp.size
+    index, inside = torch.arange(h*w, device=seen.device), torch.ones(h*w, dtype=torch.bool, device=seen.device)
+    y, x = ((torch.arange(n, dtype=torch.float64, device=seen.device)+.5)*N/n for n, N in ((h, H), (w, W)))
+    for a, b, c, d, e, f in _moves(warp, grid):
+        ats = ((a*x + (b*y + c)[:, None])*w/W, (d*x + (e*y + f)[:, None])*h/H)
+        j, i = ((t - .5).round(decimals=9).round().long() for t in ats)                     # no tie is lost to the last digit
+        at = (i.clamp(0, h-1)*w + j.clamp(0, w-1)).flatten()
+        index, inside = index[at], inside[at] & ((i >= 0) & (i < h) & (j >= 0) & (j < w)).flatten()
+    return index, inside.view(h, w) & seen
 
 # %% ../nbs/01_data/06_colour.ipynb #fbc8fb18
 def warp_batch(

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
-from .annotations import ALL_IN_ONE, PER_PHOTO, Entry, read_drawings, read_painted
+from .annotations import ALL_IN_ONE, PER_PHOTO, Entry, read_classes, read_drawings, read_painted
 from .core import InputError
 from .files import (PICTURES, amiss, collecting, files_below, is_collecting, is_pattern, list_files, match_files, normal,
-    noted, read_image, read_label, read_label16, read_list, read_palette, read_text)
+    noted, read_image, read_label, read_label16, read_list, read_palette, read_text, spelt)
 from .labels import CAMVID, CITYSCAPES, FAR, IGNORE, SPACES, TRAIN_IDS, ClassSpace, colour_table, label_table, map_colours, map_ids
 from .published import CONDITIONS, LAYOUTS, TITLES, ids_of
 from .transforms import resize_label
@@ -123,16 +123,29 @@ def _paired(images, labels, image_folder, label_folder, ending='.png', only_labe
     if only_labelled and lone:
         images = {k: p for k, p in images.items() if k in labels}
         if images: return _paired(images, labels, image_folder, label_folder)
-        raise InputError(f'{image_folder}: none of {len(lone)} images has a label in {label_folder}, expected names in {ending}')
+        raise InputError(f'{image_folder}: none of {len(lone)} images has a label in {label_folder}, expected names in {ending}'
+                         + ('' if labels else _otherwise(label_folder, ending)))
     if lone:
         more = f' (and {len(lone)-1} more images)' if len(lone) > 1 else ''
-        raise InputError(f'{images[lone[0]]}: has no label, expected {label_folder}/{lone[0]}{ending}{more}')
+        raise InputError(f'{images[lone[0]]}: has no label, expected {label_folder}/{lone[0]}{ending}{more}'
+                         + ('' if labels else _otherwise(label_folder, ending)))
     return [images[k] for k in images], [labels[k] for k in images], _names(images)
+
+# %% ../nbs/01_data/03_datasets.ipynb #a2b4c764
+def _commonest(folder):
+    "The commonest ending of the files in a folder, and how many have it."
+    ends = Counter(p.suffix.lower() for p in files_below(folder, 'files')) if os.path.isdir(folder) else {}
+    return ends.most_common(1)[0] if ends else ('', 0)
+
+def _otherwise(folder, ending):
+    "What a folder without labels holds, where that may help."
+    end, n = _commonest(folder)
+    return f'; {n} files there end in {end}: label_suffix = "{end}" takes them' if n and end != ending else ''
 
 def _instead(folder):
     "What a folder without images holds, where that may help."
-    if not os.path.isdir(folder) or not (ends := Counter(p.suffix.lower() for p in files_below(folder, 'images'))): return ''
-    end, n = ends.most_common(1)[0]
+    end, n = _commonest(folder)
+    if not n: return ''
     return f'; {n} of its files end in {end or "nothing"}, expected {", ".join(PICTURES)}' if end not in PICTURES else ''
 
 def _names(keys):
@@ -279,10 +292,10 @@ def carla(
 
 # %% ../nbs/01_data/03_datasets.ipynb #479dd89f
 _KEYS = dict(name=str, space=str, image_suffix=str, label_suffix=str, channel=int, resize_label=bool, only_labelled=bool,
-    nearest=(bool, int, float), ignore_colours=list, images=dict, labels=dict, lists=dict, classes=dict, ids=dict,
+    nearest=(bool, int, float), ignore_colours=list, images=dict, labels=dict, lists=dict, classes=(dict, str), ids=dict,
     format=str, unlabelled=str, names=dict)
 _TOML_NAMES = {str: 'a text', int: 'a number', bool: 'true or false', dict: 'a table', list: 'a list',
-    (bool, int, float): 'true, false or a number'}
+    (bool, int, float): 'true, false or a number', (dict, str): 'a table, or the name of a file'}
 
 def _toml(path):
     "The description of a data set, with its keys checked."
@@ -295,14 +308,38 @@ def _toml(path):
     if 'images' not in cfg: raise InputError(f'{path}: has no table [images], expected one folder per split in it')
     for k in ('images', 'labels', 'lists'):
         for split, where in cfg.get(k, {}).items(): _toml_places(path, k, split, where)
-    if ('space' in cfg) == ('classes' in cfg): raise InputError(f'{path}: expected either space = "..." or a table [classes]')
-    return cfg
+    return _with_classes(path, cfg)
 
 def _toml_places(path, k, split, where):
     "Refuse what is no folder."
     good = isinstance(where, str) or k != 'lists' and isinstance(where, list) and where and all(isinstance(w, str) for w in where)
     want = 'a text file' if k == 'lists' else 'a folder or a list of folders'
     if not good: raise InputError(f'{path}: {split} in [{k}] is {where!r}, expected {want}')
+
+# %% ../nbs/01_data/03_datasets.ipynb #0c1d5e4f
+def _places(config, where):
+    return [str(spelt(Path(config).parent/Path(w).expanduser())) for w in ([where] if isinstance(where, str) else where)]
+
+def _class_file(path, cfg):
+    "The file in which an export lists its classes: named as such, or found beside or above the labels."
+    if isinstance(cfg.get('classes'), str): return _places(path, cfg['classes'])[0]
+    kind, labels = cfg.get('format', 'files'), [p for w in cfg.get('labels', {}).values() for p in _places(path, w)]
+    if 'classes' in cfg or 'space' in cfg or not labels: return None
+    if kind == 'cvat': return labels[0]
+    name = dict(files='labelmap.txt', supervisely='meta.json').get(kind)
+    near = [Path(path).parent, *(up for p in labels for up in (Path(p), *Path(p).parents[:2]))] if name else ()
+    return next((d/name for d in near if (d/name).is_file()), None)
+
+# %% ../nbs/01_data/03_datasets.ipynb #1d24f32c
+def _with_classes(path, cfg):
+    "The description with a table of its classes. Of an export's, those that it maps to others or does not count are left out."
+    if file := _class_file(path, cfg):
+        said, void = cfg.get('names', {}), cfg.get('ignore_colours', [])
+        found = read_classes(file)
+        cfg['classes'] = {c: list(rgb) for c, rgb in found.items() if rgb and c not in said and list(rgb) not in void}
+        if cfg.get('format', 'files') != 'files': cfg['names'] = {c: 'skip' for c, rgb in found.items() if not rgb} | said
+    if ('space' in cfg) == ('classes' in cfg): raise InputError(f'{path}: expected either space = "..." or a table [classes]')
+    return cfg
 
 # %% ../nbs/01_data/03_datasets.ipynb #5ae20635
 def _is_colour(c): return isinstance(c, list) and len(c) == 3 and all(type(v) is int and 0 <= v < 256 for v in c)
@@ -363,33 +400,80 @@ def _toml_read(path, cfg, own):
         if c not in known: raise InputError(f'{path}: {k} is {c!r}, expected one of: {", ".join(known)}')
     return partial(read_painted, format=kind, ids={n: known[c] for n, c in names.items()}, ground=known[ground])
 
+# %% ../nbs/01_data/03_datasets.ipynb #2c29f24d
+_MEANT = dict(training='train', validation='val', valid='val', testing='test')
+
+def _split_names(names):
+    "Name on disk -> split."
+    meant = {n: _MEANT.get(n.lower(), n.lower() if n.lower() in ('train', 'val', 'test') else n) for n in names}
+    if len(meant) == 1: return dict.fromkeys(meant, 'train')
+    if 'train' not in meant.values(): meant = {n: 'train' if n == 'default' else s for n, s in meant.items()}
+    return {n: s if list(meant.values()).count(s) == 1 else n for n, s in meant.items()}
+
+def _voc_export(root):
+    "Pascal VOC, CVAT's `Segmentation mask 1.1`: one folder of images, one of masks, a list for each split."
+    lists = {p.stem: p for p in sorted(root.glob('ImageSets/Segmentation/*.txt')) if read_list(p)}
+    if 'train' in lists and 'val' in lists: lists.pop('trainval', None)
+    names = _split_names(lists) or dict(train='train')
+    return dict(images=dict.fromkeys(names.values(), 'JPEGImages'), labels=dict.fromkeys(names.values(), 'SegmentationClass'),
+                **(dict(lists={s: str(lists[n].relative_to(root)) for n, s in names.items()}) if lists else {}))
+
+# %% ../nbs/01_data/03_datasets.ipynb #d317f26c
+def _cvat_export(root):
+    "`CVAT for images`: all outlines in one file; the images in one folder, or in one for each split."
+    top = 'images' if (root/'images').is_dir() else '.'
+    usual = (*_MEANT, *_MEANT.values(), 'train', 'default')
+    names = _split_names([p.name for p in sorted((root/top).iterdir()) if p.is_dir() and p.name.lower() in usual])
+    images = {s: f'{top}/{n}' for n, s in names.items()} or dict(train=top)
+    return dict(format='cvat', images=images, labels=dict.fromkeys(images, 'annotations.xml'))
+
+def _supervisely_export(root):
+    names = _split_names([p.parent.name for p in sorted(root.glob('*/ann'))])
+    if not names: raise InputError(f'{root}: holds a meta.json and no folder NAME/ann, expected a project of Supervisely')
+    images, labels = ({s: f'{n}/{part}' for n, s in names.items()} for part in ('img', 'ann'))
+    return dict(format='supervisely', images=images, labels=labels)
+
+_EXPORTS = {'labelmap.txt': _voc_export, 'annotations.xml': _cvat_export, 'meta.json': _supervisely_export}    # by their files of classes
+
+# %% ../nbs/01_data/03_datasets.ipynb #05bc64da
+def _described(config):
+    "A description, and the file beside which its folders lie: TOML, or an export that needs none."
+    config = spelt(config)
+    if not config.is_dir() and config.name not in _EXPORTS: return config, _toml(config)
+    root = config if config.is_dir() else config.parent
+    for name, splits in _EXPORTS.items():
+        if (root/name).is_file(): return root/name, _with_classes(root/name, splits(root) | dict(name=root.resolve().name, classes=name))
+    below = next((p for p in sorted(root.iterdir()) if p.is_dir() and any((p/name).is_file() for name in _EXPORTS)), None)
+    more = f'; one lies in {below}: give folder:{below}' if below else ''
+    raise InputError(f'{root}: is a folder, expected a TOML file or an export of CVAT, Pascal VOC or Supervisely, '
+                     f'with {" or ".join(_EXPORTS)} in it{more}')
+
 # %% ../nbs/01_data/03_datasets.ipynb #98a286f3
 def folder(
-    config,         # Path of the TOML file
+    config,         # Path of the TOML file, or the folder of an export that brings its classes along
     split='train',  # A key of its [images]
     space=None,     # A subset of its classes; all of them when left out
     labelled=True,  # False: labels need not exist and are never opened
     only_labelled=False, # True: images without a label are left out
 )->PairFolder:      # Pairs of the split
     "Any folder of images with labels, as described by a TOML file."
-    cfg = _toml(config)
+    config, cfg = _described(config)
     own = _toml_space(config, cfg)
     space = space or own
     _within(space, own, str(config))
     if split not in cfg['images']: raise InputError(f'{config}: [images] has no split {split!r}, only: {", ".join(cfg["images"])}')
     odd = [(k, s) for k in ('labels', 'lists') for s in cfg.get(k, {}) if s not in cfg['images']]
     for k, s in odd: raise InputError(f'{config}: [{k}] has a split {s!r} that [images] lacks, which has: {", ".join(cfg["images"])}')
-    table, colours = label_table(_toml_ids(config, cfg, own), space), _toml_colours(config, cfg, own, space)
+    ids, colours = _toml_ids(config, cfg, own), _toml_colours(config, cfg, own, space)
+    if not set(ids.values()) & {*space.classes}: raise InputError(f'{config}: [ids] names none of {", ".join(space.classes)}')
     read = _toml_read(config, cfg, own)
     pairs = _toml_pairs(config, cfg, split, labelled, only_labelled or cfg.get('only_labelled', False))
-    return PairFolder(*pairs, table, space, cfg.get('channel'), cfg.get('resize_label', False), read=read, colours=colours,
-                      guessed=() if read or 'ids' in cfg or 'space' in cfg else own.classes)
+    return PairFolder(*pairs, label_table(ids, space), space, cfg.get('channel'), cfg.get('resize_label', False), read=read,
+                      colours=colours, guessed=() if read or 'ids' in cfg or 'space' in cfg else own.classes)
 
 # %% ../nbs/01_data/03_datasets.ipynb #cd19ad2f
 _JSON = ('.json', *(f'{e}.json' for e in PICTURES))         # Supervisely keeps the ending of the image
 _ENDS = dict(files=('.png', '.tif', '.tiff', '.bmp'), cityscapes=('.json', '_gtFine_polygons.json', '_gtCoarse_polygons.json'))
-
-def _places(config, where): return [str(Path(config).parent/Path(w).expanduser()) for w in ([where] if isinstance(where, str) else where)]
 
 def _toml_pairs(config, cfg, split, labelled, only_labelled):
     "Image paths, label paths (None for an unlabelled split) and names."
@@ -464,6 +548,15 @@ def _key_of(name, tails, where):
         if key and (i < 2 or tail.count('/') > key.count('/')): return key
     return ''
 
+# %% ../nbs/01_data/03_datasets.ipynb #f29c1829
+_HEAD = re.compile(r'(image|img|photo|picture|file|path|name|id)s?(_?(path|name|file|id))?([\s,;]+\w+)*', re.I)
+
+def _lines(path):
+    "Lines of a list without quotes, comments and what its columns hold."
+    lines = [line.replace('"', '') for line in read_list(path) if line[0] != '#']
+    if not lines: amiss('name in a list', path, 'names no image')
+    return lines[1:] if len(lines) > 1 and _HEAD.fullmatch(lines[0]) else lines
+
 # %% ../nbs/01_data/03_datasets.ipynb #2f57a2c3
 def chosen(
     path,          # List file: one name a line, or `image label`; names with or without folders and endings
@@ -473,7 +566,7 @@ def chosen(
 )->tuple:          # Both dictionaries with the images of the list alone, in its order
     "What a list file chooses."
     here, there, some, truth = _tails(images), _tails(labels), {}, {}
-    for line in read_list(path):
+    for line in _lines(path):
         cuts = [(line, None)] + [(line[:m.start()], line[m.end():]) for m in re.finditer(r'[\s,;]+', line)]
         key, label = next(((k, l) for name, l in cuts if (k := _key_of(name, here, path))), ('', None))
         if not key:
@@ -675,6 +768,7 @@ def open_dataset(
 
 def _opened(kind, path, split, space, labelled, bonnet=True, lane_is_road=True, labels='fine', **opt):
     "A data set from files, without the wrappers."
+    path = spelt(path)
     if kind == 'images': return images(path, **(dict(space=space) if space else {}))
     if kind == 'folder': return folder(path, split, space, labelled, **opt)
     kind += {(False, 'fine'): '_no_lanes', (True, 'coarse'): '_coarse'}.get((lane_is_road, labels), '')
@@ -689,7 +783,7 @@ def splits_of(
     "The splits that a text means: the one it names, or all that are there."
     kind, path, opt = _parse(spec)
     if 'split' in opt: return [opt['split']]
-    if kind == 'folder': return list(_toml(os.path.expanduser(path))['images'])
+    if kind == 'folder': return list(_described(os.path.expanduser(path))[1]['images'])
     if 'split' not in _KINDS[kind] or kind == 'streets': return ['train', 'val'][:1 + (kind == 'streets')]
     there, opt = {}, {k: v for k, v in opt.items() if k not in ('size', 'cache')}
     more = ('train_extra',) if opt.get('labels') == 'coarse' else ()      # Cityscapes: only coarse labels exist for these

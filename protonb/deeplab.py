@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CAFFE_MEAN', 'RELEASED_STEM', 'CAFFE', 'PBAL_STEM', 'RELEASED_ENTRIES', 'SumHead', 'caffe_input', 'IAPCNet',
-           'gaussian_', 'affine_', 'iapc_resnet101', 'small_caffe', 'iapc_small', 'iapc_mobilenetv2', 'Atrous',
-           'resize', 'ASPP', 'Decoder', 'PBALNet', 'fan_in_', 'below', 'pbal_resnet101', 'pbal_small',
+           'features_from', 'gaussian_', 'affine_', 'iapc_resnet101', 'small_caffe', 'iapc_small', 'iapc_mobilenetv2',
+           'Atrous', 'resize', 'ASPP', 'Decoder', 'PBALNet', 'fan_in_', 'below', 'pbal_resnet101', 'pbal_small',
            'pbal_mobilenetv2', 'SqueezeExcite', 'GroupHead', 'ProDANet', 'proda_gaussian_', 'proda_resnet101',
            'proda_small', 'proda_mobilenetv2', 'init_keys', 'from_released', 'to_released', 'released_repeats']
 
@@ -47,7 +47,7 @@ def caffe_input(
 
 # %% ../nbs/03_models/05_deeplab.ipynb #9126e6d9
 class IAPCNet(nn.Module):
-    "DeepLab-v2: logits from stage 4, features from stage 3."
+    "DeepLab-v2: logits from stage 4, features from stage 3 or another."
     def __init__(self,
         stages:list,               # Five modules, `layer0` to `layer4`
         widths:tuple,              # Channels that each of them gives
@@ -60,15 +60,29 @@ class IAPCNet(nn.Module):
     ):
         super().__init__()
         self.channels,self.num_classes,self.rectify,self.caffe = widths[3],num_classes,rectify,caffe
+        self.feature_layer,self.widths = 3,tuple(widths)                         # see `features_from`
         self.frozen_prefixes,self.head_prefixes = (),('layer6',)
         self.rename_backbone,self.released = rename_backbone,released or {}
         for i,layer in enumerate(stages): self.add_module(f'layer{i}', layer)
         self.layer6 = SumHead(widths[4], num_classes, rates)
 
     def forward(self, x, features=False):
-        f = self.layer3(self.layer2(self.layer1(self.layer0(caffe_input(x) if self.caffe else x))))
-        z = self.layer6(self.layer4(f))
-        return (z, f.relu() if self.rectify else f) if features else z
+        x = caffe_input(x) if self.caffe else x
+        for i in range(5):
+            x = getattr(self, f'layer{i}')(x)
+            if i == self.feature_layer: f = x
+        return (self.layer6(x), f.relu() if self.rectify else f) if features else self.layer6(x)
+
+# %% ../nbs/03_models/05_deeplab.ipynb #2ed7330e
+def features_from(
+    net:IAPCNet,  # DeepLab-v2
+    layer:int,    # Stage, 1 to 4; stage 3 as released
+)->IAPCNet:       # The same network
+    "Take the features from another stage. In place."
+    if layer not in (1, 2, 3, 4): raise InputError(f'feature layer is {layer}; expected a stage, 1 to 4')
+    if not hasattr(net, 'feature_layer'): raise InputError(f'feature layer is {layer}; this network has one kind of features only')
+    net.feature_layer,net.channels = layer,net.widths[layer]
+    return net
 
 # %% ../nbs/03_models/05_deeplab.ipynb #5d6790df
 def gaussian_(

@@ -379,6 +379,8 @@ def _jobs(items, out_dir, formats, mark, overwrite, done, damaged):
         if set(there.values()) == {stamp}:
             done['skipped'] += 1
             continue
+        beside = output_paths(out_dir, name, [k for k in FORMATS if k not in formats]).values()
+        if any(s and not s.startswith(f'{mark} ') for s in map(stamp_of, beside)): done['others'] = done.get('others', 0) + 1
         try:
             for p, s in there.items():
                 if file and _file_of(s) not in ('', file):
@@ -423,7 +425,7 @@ def predict_files(
     mark='',         # Short text that tells the segmenter from others: what stands there with another is computed again
     at_once=1,       # Images of equal size that follow each other and are segmented together
     damaged=None,    # List that takes a sentence for each image that cannot be read; None: the first one is raised
-)->dict:             # written, skipped: numbers of images
+)->dict:             # Numbers of images: written, skipped; others where some have pictures of another mark, in other formats, beside them
     "Write `<name>_trainIds.png`, `<name>_color.png` and `<name>_overlay.png`, or what `formats` names, for every image."
     if 'labelIds' in formats: label_ids(space)
     done, waiting, bar = dict(written=0, skipped=0), [], tqdm(items, desc='predicting', disable=not progress, leave=False)

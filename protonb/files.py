@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LIMIT', 'PICTURES', 'small_enough', 'read_image', 'noted', 'image_size', 'read_label', 'read_palette', 'read_label16',
-           'collecting', 'is_collecting', 'amiss', 'normal', 'files_below', 'list_files', 'is_pattern', 'match_files',
-           'read_text', 'read_list']
+           'collecting', 'is_collecting', 'amiss', 'normal', 'files_below', 'spelt', 'list_files', 'is_pattern',
+           'match_files', 'read_text', 'read_list']
 
 # %% ../nbs/01_data/02b_files.ipynb #2c46f87a
 import glob, io, os, re, struct, threading, unicodedata, zlib
@@ -240,6 +240,20 @@ def files_below(
     try: found = list(_walk(folder, deep))
     except OSError as e: raise InputError(f'{e.filename or folder}: cannot be listed ({e.strerror}), expected {what}') from None
     return sorted(map(Path, found), key=lambda p: PurePosixPath(normal(p.as_posix())).parts)
+
+# %% ../nbs/01_data/02b_files.ipynb #837443b1
+def spelt(
+    path,     # Path whose names may have composed letters where the disk has decomposed ones, or the other way round
+)->Path:      # The path as the disk has it; unchanged where nothing is there
+    "A path by whatever spelling of its names is there."
+    path, out = Path(path), Path()
+    if os.path.exists(path): return path
+    for part in path.parts:
+        if not os.path.exists(out/part):
+            try: part = next((n for n in os.listdir(out) if normal(n) == normal(part)), part)
+            except OSError: return path
+        out = out/part
+    return out
 
 # %% ../nbs/01_data/02b_files.ipynb #33a53b6b
 def _ending(name, endings):

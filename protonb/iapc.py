@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from .colour import policy_augment
 from .core import InputError
-from .deeplab import released_repeats
+from .deeplab import features_from, released_repeats
 from .distance import bilinear_weights
 from .methods import Method, accelerator_of, notes, run_of
 from .ops import logits_cross_entropy, masked_average_pool, prototype_logits
@@ -30,7 +30,7 @@ from .pixel_losses import TERMS, importance_terms
 from .pseudo_labels import HardLabels, Unlabelled, write_labels
 from .recipes import Situation, crop, memory, part, learning_rate, size
 from .resnet import freeze_affine
-from .processes import reduced, wait_long
+from .processes import for_processes, reduced, wait_long
 from .streams import feed, three_viewed
 from .training import Train, accelerator_for, bare, fit
 from .transforms import resize_label
@@ -75,9 +75,10 @@ def step(
 # %% ../nbs/05_methods/03_iapc.ipynb #09bcf38e
 def trio(
     source,     # Trained network of the source domain
-    cfg:'IAPC', # memory_bn
+    cfg:'IAPC', # memory_bn, feature_layer
 )->Trio:        # Three networks with the same weights
     "Student and memory start as copies of the source model; scale and shift of batch norms stay as they are."
+    if cfg.feature_layer != 3: features_from(source, cfg.feature_layer)
     student = freeze_affine(deepcopy(source).requires_grad_(True)).train()
     return Trio(student, source.eval().requires_grad_(False), average_of(source, train=cfg.memory_bn == 'batch'))
 
@@ -135,10 +136,12 @@ def losses(
     size,weights = y.shape[1:],[getattr(cfg, t) for t in TERMS]
     S = prototype_logits(features, per_image_prototypes(f_memory, z_memory, size))     # cosines; 0 for a class without prototype
     y_p = resize_label(S.argmax(1), size)
-    total,terms,own = importance_terms(z, z_source, y, y_p, omega, weights, cfg.importance_on)
+    span = z.new_zeros(2, dtype=torch.float32)
+    total,terms,own = importance_terms(z, z_source, y, y_p, omega, weights, cfg.importance_on, span)
     other_way = logits_cross_entropy(scrambled(S) if cfg.legacy_scramble else S, own)
     loss = total + cfg.symmetric*other_way
     log = dict(zip(TERMS, terms), other_way=other_way.detach(), agreement=(y == y_p).float().mean())
+    log |= dict(importance_low=span[0], importance_high=span[1])
     return loss, dict(loss=loss.detach(), **log)
 
 # %% ../nbs/05_methods/03_iapc.ipynb #c1bbc459
@@ -189,6 +192,7 @@ def train(
 )->dict:           # step reached, whether the run is finished, and the student
     "Stage 2: train the student."
     acc,nets,running = accelerator_for(run),trio(source, cfg),torch.nn.Module()
+    if acc.num_processes > 1: nets.student,nets.memory = (for_processes(n, acc, n.training) for n in (nets.student, nets.memory))
     running.register_buffer('factor', torch.ones(source.num_classes))
     opt,sched = student_optimizer(nets.student, cfg)
     nets.student,opt = acc.prepare(nets.student, opt)
@@ -212,6 +216,7 @@ class IAPCHabits:
     "Switches and constants of IAPC that a run seldom touches, as released."
     momentum:float = .9            # SGD momentum (Nesterov); its weight decay is 5e-4
     repeats:Literal['released', 'one'] = 'released'  # Updates a step and tensor: as often as the released list held it, or once
+    feature_layer:int = 3          # Stage whose features the prototypes are made of, 1 to 4 (networks of IAPC and PixDA)
     memory_bn:Literal['batch', 'running'] = 'batch'  # Batch norm of the memory model: train mode or stored statistics
     bn_refresh:bool = True         # One more forward pass a step on unchanged images, for the batch norm's statistics alone
     importance_on:Literal['logits', 'probs', 'clamped'] = 'logits'  # Source model's values; 'clamped': logits, kept in 0..1
@@ -246,6 +251,7 @@ class IAPC(IAPCHabits):
 # %% ../nbs/05_methods/03_iapc.ipynb #b1394078
 def _check(cfg):
     "Windows that fit the smallest image, before anything is read."
+    if not 1 <= cfg.feature_layer <= 4: raise InputError(f'feature_layer is {cfg.feature_layer}; expected a stage, 1 to 4')
     w = cfg.window
     if w.pad and not w.base_height: raise InputError('pad is True and base_height 0; the three views have no frame: expected a base size')
     for side in ('height', 'width'):

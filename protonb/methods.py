@@ -56,7 +56,7 @@ class Job:
     net:object            # Network as the stage before left it
     source:object = None  # Labelled source images, where the method wants them
     target:object = None  # Target images, with the labels that the method wants
-    fresh:object = None   # () -> the network as it was at the start
+    fresh:object = None   # (seed=that of the run) -> the network as it was at the start; of another seed, with other random layers
     about:dict = field(default_factory=dict)    # What config.json says beside the settings: net, space, data
     lengths:dict = field(default_factory=dict)  # Stage -> steps, where a stage has a length of its own
     begin:str = ''        # Where a stage begins that may choose: 'before' (weights of the stage before), 'fresh', '' as its paper says

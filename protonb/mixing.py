@@ -25,11 +25,15 @@ def _waves(n, first, last, like):
 def low_spectrum(
     images,   # (B,C,H,W) float
     rows,     # (2b+1,H) complex: exp(-2*pi*i*k*y/H) for k = -b..b
-    columns,  # (W,2b+2) float: cosines, then sines, of 2*pi*l*x/W for l = 0..b
+    columns,  # (W,2b+2) float: cosines, then sines, of 2*pi*l*x/W for l = 0..b; sums are made in its type
 ):            # (B,C,2b+1,b+1) complex
     "The window of the 2-D DFT around zero, right half: the left is its mirrored conjugate, as images are real."
     B, C, H, W = images.shape
-    thin = (images.reshape(-1, W) @ columns).view(B, C, H, 2, -1)
+    lines, thin = images.reshape(-1, W), columns.new_empty(B*C*H, columns.shape[1])
+    room = 2**15 if images.device.type == 'cpu' else 2**24                    # a few lines at a time in the wider type
+    some = columns.new_empty(min(len(lines), max(1, room//W)), W)
+    for x, out in zip(lines.split(len(some)), thin.split(len(some))): torch.mm(some[:len(x)].copy_(x), columns, out=out)
+    thin = thin.view(B, C, H, 2, -1)
     return rows @ torch.complex(thin[..., 0, :], -thin[..., 1, :])
 
 # %% ../nbs/01_data/09_mixing.ipynb #81bfcfba
@@ -54,14 +58,15 @@ def fda(
     _check_pair(source, target, beta)
     source, (H, W), b = source.contiguous(), source.shape[2:], math.floor(beta*min(source.shape[2:]))
     with torch.autocast(source.device.type, enabled=False):       # half precision would show on 0..255
-        columns, rows = torch.cat(_waves(W, 0, b, source), 1), torch.complex(*_waves(H, -b, b, source)).mH
+        exact = source.new_empty(0, dtype=torch.float64)          # half a million values are added up
+        columns, rows = torch.cat(_waves(W, 0, b, exact), 1), torch.complex(*_waves(H, -b, b, exact)).mH
         S, T = (low_spectrum(x, rows, columns) for x in (source, target))
-        nothing = S.abs() <= 4*torch.finfo(source.dtype).eps*S[..., b:b+1, :1].abs()
+        nothing = S.abs() <= 4*torch.finfo(exact.dtype).eps*S[..., b:b+1, :1].abs()
         D = torch.polar(T.abs() - S.abs(), S.angle().masked_fill(nothing, 0))
         D[..., 1:] *= 2                                           # the left half of the window
         G = rows.mH @ D/(H*W)                                     # (B,C,H,b+1)
         G = torch.cat([G.real, -G.imag], -1).flatten(0, 2)
-        return torch.addmm(source.reshape(-1, W), G, columns.T).view(source.shape)
+        return torch.addmm(source.reshape(-1, W), G.to(source.dtype), columns.T.to(source.dtype)).view(source.shape)
 
 # %% ../nbs/01_data/09_mixing.ipynb #e5eb26ff
 @torch.no_grad()

@@ -114,7 +114,8 @@ def _few(o, space):
     if few != 'published' and not Path(few).is_file(): raise InputError(f"--few {few!r} is neither a file nor 'published' or 'drawn'")
     names = pixda_list(o.data.shots) if few == 'published' else names_in(few)
     if not names: raise InputError(f'--few {few}: names no image, expected at least one')
-    return few_shot(data, names)
+    try: return few_shot(data, names)
+    except InputError as e: raise InputError(f'{e}; other images are drawn by --few drawn, or named in a file, --few FILE') from None
 
 def _support(o, space):
     data = open_dataset(o.target, 'train', space)
@@ -237,7 +238,7 @@ def _several(m):
 
 def _rest(m):
     "Classes, scores, recipe, settings, training."
-    yield _option('classes', str, "Class space: cityscapes, cityscapes16, cityscapes13, camvid; the data's own when left out", '')
+    yield _option('classes', str, "Class space: cityscapes, cityscapes16, cityscapes13, camvid, idd; the data's own when left out", '')
     yield _option('val', str, 'Score on this data set (split val) at the end', '')
     if m.fitted: yield _option('recipe', Literal['fitted', 'released'], "Settings made for this run's length, batch, images, classes and "
                                "start, or the paper's", 'fitted')

@@ -173,22 +173,25 @@ def importance_terms_ref(
     omega,                     # (K,) class weights
     weights=(.2,.04,.5,2.),    # Of the `TERMS`
     importance_on='logits',    # See `importance`
+    span=None,                 # (2,) tensor to write the smallest and the largest importance to, for the log
 )->tuple:                      # their weighted sum, the `TERMS` (4,) without gradient, the student's labels (B,H,W)
     "The paper's four terms, at the size of the labels."
     z,z_source = (F.interpolate(t, y.shape[1:], mode='bilinear', align_corners=True) for t in (z, z_source.detach()))
     W,p = importance(z_source.movedim(1, 0), importance_on),z.softmax(1)
+    if span is not None: span.copy_(torch.stack(W.aminmax()))
     y = y.masked_fill(y >= z.shape[1], 255)
     weighted = F.cross_entropy(z, y, weight=omega, ignore_index=255, reduction='none')
     terms = (W*weighted).mean(), F.cross_entropy(z, y_p), (weighted*(y == y_p)).mean(), -(p*(p+1e-5).log()).sum(1).mean()
     return sum(w*t for w,t in zip(weights, terms)), torch.stack(terms).detach(), z.argmax(1)
 
 # %% ../nbs/02_ops/05_pixel_losses.ipynb #5c70ba55
-def _band_terms(z, z_source, y, y_p, omega, weights, importance_on):
-    "Sums (4,) of the terms over a band (K,R,W); `z` then holds the gradient of their weighted sum."
+def _band_terms(z, z_source, y, y_p, omega, weights, importance_on, span=None):
+    "Sums (4,) of the terms over a band (K,R,W); `z` then holds the gradient of their weighted sum, `span` has seen the importance."
     keep,at = y < len(z),y.clamp(max=len(z)-1)[None]
     logp = F.log_softmax(z, 0)
     w,agree = omega[at[0]]*keep,y == y_p
     nll,nll_p,W = -logp.gather(0, at)[0],-logp.gather(0, y_p[None])[0],importance(z_source, importance_on)
+    if span is not None: span.copy_(torch.stack([torch.minimum(span[0], W.amin()), torch.maximum(span[1], W.amax())]))
     p = torch.exp(logp, out=z)
     log = torch.log(p+1e-5)
     terms = torch.stack([(W*w*nll).sum(), nll_p.sum(), (w*nll*agree).sum(), -(p*log).sum()])
@@ -203,14 +206,15 @@ def _band_terms(z, z_source, y, y_p, omega, weights, importance_on):
 class _ImportanceTerms(torch.autograd.Function):
     "Weighted sum of the four terms, the terms, and the student's labels; nothing of size (B,K,H,W) is ever stored."
     @staticmethod
-    def forward(ctx, z, z_source, y, y_p, omega, weights, importance_on):
+    def forward(ctx, z, z_source, y, y_p, omega, weights, importance_on, span):
+        if span is not None: span.copy_(span.new_tensor([torch.inf, -torch.inf]))
         (B,K,h,w),(H,W) = z.shape,y.shape[1:]
         big,own = z.float(),torch.empty_like(y)
         terms,dz = big.new_zeros(len(TERMS), dtype=sum_type(big)),torch.empty_like(big)
         for (b,r,e,up,wy,rows),(*_,sure,_,_) in zip(resized_bands(big, H, W), resized_bands(z_source.float(), H, W)):
             if r == 0: dcols = up.new_zeros(K, h, W, dtype=sum_type(up))
             own[b,r:e] = first_largest(up.flatten(1))[0].view(-1, W)
-            terms += _band_terms(up, sure, y[b,r:e], y_p[b,r:e], omega, weights, importance_on)
+            terms += _band_terms(up, sure, y[b,r:e], y_p[b,r:e], omega, weights, importance_on, span)
             collect_band(up, wy, rows, dcols)
             if e == H: dz[b] = narrow_band(dcols, w, up.dtype)
         terms = (terms/y.numel()).to(big.dtype)
@@ -220,7 +224,7 @@ class _ImportanceTerms(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g, *_): return ctx.saved_tensors[0]*g, *[None]*6
+    def backward(ctx, g, *_): return ctx.saved_tensors[0]*g, *[None]*7
 
 # %% ../nbs/02_ops/05_pixel_losses.ipynb #f3cafb50
 def importance_terms(
@@ -230,9 +234,10 @@ def importance_terms(
     omega,                     # (K,) class weights
     weights=(.2,.04,.5,2.),    # Of the `TERMS`
     importance_on='logits',    # See `importance`
+    span=None,                 # (2,) tensor to write the smallest and the largest importance to, for the log
 )->tuple:                      # their weighted sum, the `TERMS` (4,) without gradient, the student's labels (B,H,W)
     "`importance_terms_ref` band by band, the gradient in the same walk."
-    with full_precision(z): return _ImportanceTerms.apply(z, z_source, y, y_p, omega, tuple(map(float, weights)), importance_on)
+    with full_precision(z): return _ImportanceTerms.apply(z, z_source, y, y_p, omega, tuple(map(float, weights)), importance_on, span)
 
 # %% ../nbs/02_ops/05_pixel_losses.ipynb #6fed716b
 def shared_forward_ref(

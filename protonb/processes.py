@@ -63,11 +63,12 @@ def held(
 def for_processes(
     net,  # Network
     acc,  # Accelerator, told what several processes need
+    train=True, # False: stored statistics go on being used
 ):        # The network in train mode, with batch norm over all GPUs where there are several
     "Two forwards before one backward, and statistics of the global batch."
     acc.ddp_handler = DistributedDataParallelKwargs(broadcast_buffers=False)   # would write over what the first forward saved
     if acc.num_processes > 1 and acc.device.type == 'cuda': net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    return net.train().to(memory_format=torch.channels_last)
+    return net.train(train).to(memory_format=torch.channels_last)
 
 # %% ../nbs/04_learning/07_processes.ipynb #c89cb572
 def wait_long(

@@ -45,9 +45,10 @@ def options_in(
     loaded,    # What a weight file holds
     entry='',  # Where in the file the network is
     head=True, # Read the head of DIP's networks off the file, its last layer included
+    where='file', # Name for error messages
 )->dict:       # Options of the function that makes the network
     "What a file says of the network that it was made for: ProDA's students have one more batch norm, DIP's heads differ."
-    parts = parts_of(loaded, entry or None)
+    parts = parts_of(loaded, entry or None, where)
     if name.startswith('proda'): return dict(bn_clr=True) if any('bn_pretrain.weight' in p.state for p in parts) else {}
     part = next((p for p in parts if {'projector.0.weight', 'ppm.features.0.1.weight'} <= set(p.state)), None)
     if name not in DIP_NETWORKS or part is None or not head: return {}
@@ -76,7 +77,7 @@ def build_net(
         options = options | read_config(weights)[1]['config'].get('options', {})
         return start_from(NETWORKS[name](num_classes=num_classes, **options), weights)
     loaded = read_file(weights)
-    net = NETWORKS[name](num_classes=num_classes, **options | options_in(name, loaded, entry, head=False))
+    net = NETWORKS[name](num_classes=num_classes, **options | options_in(name, loaded, entry, False, weights))
     fit = fill_from(net, loaded, weights, entry or None)
     if tell: tell(sentence(fit, weights, num_classes))
     return net
@@ -189,7 +190,7 @@ def start_kind(
     if str(weights) == 'imagenet': return 'imagenet'                  # the word, whatever folders there are
     if Path(weights).is_dir(): return 'trained'
     loaded = read_file(weights)
-    with torch.device('meta'): net = NETWORKS[name](num_classes=num_classes, **options_in(name, loaded, entry, head=False))
+    with torch.device('meta'): net = NETWORKS[name](num_classes=num_classes, **options_in(name, loaded, entry, False, weights))
     return 'trained' if fit_of(net, loaded, weights, entry or None).whole else 'imagenet'
 
 # %% ../nbs/07_shell/01_runs.ipynb #ru000003
@@ -238,7 +239,7 @@ def open_file(
     "A bare weight file as a run that can segment."
     name,loaded = options.net,read_file(path)
     if name not in NETWORKS: raise InputError(f'{path}: a bare weight file; say its network by --net, one of {", ".join(NETWORKS)}')
-    more,entry = options_in(name, loaded, options.entry),options.entry or None
+    more,entry = options_in(name, loaded, options.entry, where=path),options.entry or None
     make = lambda K: NETWORKS[name](**dict(num_classes=K) | more)
     with torch.device('meta'): fit = fit_of(make(None if name in DIP_NETWORKS else 19), loaded, path, entry)
     if not fit.whole: raise InputError(f'{path}: holds a backbone without a head, which cannot segment; train from it by --weights')

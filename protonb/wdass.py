@@ -11,12 +11,13 @@ __all__ = ['METHOD', 'pixel_loss', 'image_loss', 'step', 'forward_with_features'
 # %% ../nbs/05_methods/06_wdass.ipynb #0abc81ec
 import math
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Literal, get_args, get_origin
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from .core import InputError, rng_for
-from .dip_net import under
+from .deeplabv2 import restart_heads
 from .feeding import Feed, network_input
 from .labels import IGNORE
 from .methods import Job, Method, accelerator_of, learn
@@ -28,7 +29,7 @@ from .recipes import Situation, crop, learning_rate, memory, part
 from .processes import OwnRows, for_processes, held, sum_over
 from .streams import labelled, paired, stacked, weakly_labelled
 from .teachers import average_of, update_average
-from .weighted_prototypes import PrototypeMemory, contrast, domain_prototypes, merge_labels, sample_anchors, sure
+from .weighted_prototypes import PrototypeMemory, contrast, domain_prototypes, merge_labels, sample_anchors, stacked_points, sure
 from .windows import WDASS_TARGET_WINDOW, Window, check_fits, image_sizes, scaled
 
 # %% ../nbs/05_methods/06_wdass.ipynb #7130d9aa
@@ -137,17 +138,16 @@ def teacher_predictions(
 def slow_copy(
     net,        # The student at its start
     cfg,        # `WDASS`: teacher
-    seed=0,     # Seed of the heads of an independent teacher
+    seed=0,     # Of an independent teacher
+    fresh=None, # Seed -> another network with the student's start, or None: the backbone is the student's
 ):              # A network in train mode that collects no gradient
-    "The teacher at the start: the student itself, or its backbone under heads of its own."
-    teacher = average_of(net)
-    if cfg.teacher == 'independent':
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(rng_for(seed, 'teacher').integers(2**62)))
-            for name,m in teacher.named_modules():
-                if under(name, net.head_prefixes) and hasattr(m, 'reset_parameters'): m.reset_parameters()
-    return teacher
+    "The teacher at the start: the student itself, or a network of its own with new heads (released)."
+    if cfg.teacher == 'student': return average_of(net)
+    own = int(rng_for(seed, 'teacher').integers(2**62))
+    with torch.random.fork_rng(devices=[]): return restart_heads(average_of(fresh(own) if fresh else net), own)
 
+# %% ../nbs/05_methods/06_wdass.ipynb #c4baf331
+def _room(cfg): return cfg.contrast.clicks*max(2, math.ceil(cfg.window.high))**2        # enlarged, a point is a block
 def update_memory(
     memory, domain,    # `PrototypeMemory`, and which of its two: 'target' or 'source'
     features, labels,  # (B,D,h,w), (B,H,W) weak or true labels
@@ -157,8 +157,7 @@ def update_memory(
 ):
     "Move the prototypes of one domain to where this batch has them."
     kind = cfg.labels if domain == 'target' else 'coarse'
-    room = cfg.contrast.clicks*max(2, math.ceil(cfg.window.high))**2        # enlarged, a point is a block
-    rows,present,found = domain_prototypes(features, labels, cells, kind, len(memory.target), room=room, reduce=reduce)
+    rows,present,found = domain_prototypes(features, labels, cells, kind, len(memory.target), room=_room(cfg), reduce=reduce)
     memory.update(domain, rows, present, found, cfg.contrast.empty)
 
 # %% ../nbs/05_methods/06_wdass.ipynb #cece7287
@@ -292,6 +291,7 @@ def sgd_and_schedule(
     opt = make_optimizer('sgd', groups, cfg.lr, momentum=cfg.momentum)
     return opt, schedule(opt, first_step_full_lr(factor) if cfg.first_step_full_lr else factor)
 
+# %% ../nbs/05_methods/06_wdass.ipynb #d327410e
 def adapt_weakly(
     job:Job,    # source, target with weak labels, network (trained on the source or with ImageNet weights; changed in place), settings
 )->dict:        # step reached, and whether the run is finished
@@ -299,7 +299,8 @@ def adapt_weakly(
     acc,cfg = accelerator_of(job),job.cfg
     _check_rows(cfg, job.target)
     net = for_processes(job.net, acc)
-    teacher = slow_copy(net, cfg, job.run.seed).to(acc.device, memory_format=torch.channels_last)
+    fresh = job.fresh and (lambda own: for_processes(job.fresh(own), acc))
+    teacher = slow_copy(net, cfg, job.run.seed, fresh).to(acc.device, memory_format=torch.channels_last)
     memory = PrototypeMemory(net.num_classes, net.channels).to(acc.device)
     opt,sched = sgd_and_schedule(net, cfg)
     net,opt = acc.prepare(net, opt)
@@ -307,7 +308,8 @@ def adapt_weakly(
     if acc.num_processes > 1: seed = int(rng_for(seed, 'process', acc.process_index).integers(2**62))     # each draws its own
     one = lambda batch: rows.after(step(net, teacher, memory, opt, sched, batch, cfg, seed, acc.backward, acc))
     parts = dict(net=net, teacher=teacher, memory=rows, opt=opt, sched=sched)
-    return learn(job, one, weak_pairs(job.source, job.target, cfg, job.run.seed), parts, acc=acc, collate=stacked)
+    together = partial(stacked_points, num_classes=len(memory.target), room=_room(cfg)) if cfg.labels == 'point' else stacked
+    return learn(job, one, weak_pairs(job.source, job.target, cfg, job.run.seed), parts, acc=acc, collate=together)
 
 # %% ../nbs/05_methods/06_wdass.ipynb #711fec51
 def _check_choices(cfg):
@@ -362,7 +364,7 @@ class WDASS:
     image_label_scope:Literal['crop', 'image'] = 'crop'        # Which classes an image is said to show: those of the window, or all
     warm:int = 10_000             # Contrast and image losses count after this step
     alpha:float = .999            # How much of the teacher stays at each step
-    teacher:Literal['student', 'independent'] = 'student'      # It starts as the student, or with heads of its own (released)
+    teacher:Literal['student', 'independent'] = 'student'      # It starts as the student, or as a network of its own (released)
     edge:float = 10.              # Weight of the edge loss
     edge_ignore:Literal['road', 'mask'] = 'road'               # Unlabelled pixels count as class 0 (released), or not at all
     contrast:Contrasts = field(default_factory=Contrasts)      # Prototypes, contrasts, image losses

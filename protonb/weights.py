@@ -33,12 +33,18 @@ def number(
     return np.frombuffer(data, order.replace('|', '=') + code)[0].item()
 
 # %% ../nbs/03_models/04_weights.ipynb #9122ed87
+def table(*default): return {}      # a defaultdict at its beginning; the file then says what is in it
+
 #: What may stand beside tensors, and what is called in its place; NumPy 1 and 2 differ in the module
 STAND_INS = [(number, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')] + [
     (set, 'builtins.set'), (set, '__builtin__.set')] + [(Note, name) for name in
     ('numpy.dtype', 'numpy.ndarray', 'numpy.core.multiarray._reconstruct', 'numpy._core.multiarray._reconstruct', 'argparse.Namespace',
-     'pathlib.PosixPath', 'pathlib.WindowsPath', 'pathlib._local.PosixPath', 'mmengine.logging.history_buffer.HistoryBuffer')]
+     'types.SimpleNamespace', 'pathlib.PosixPath', 'pathlib.WindowsPath', 'pathlib._local.PosixPath', 'pathlib._local.WindowsPath',
+     'datetime.datetime', 'datetime.date', 'datetime.timedelta', 'mmengine.logging.history_buffer.HistoryBuffer',
+     *(f'{where}.{kind}' for where in ('builtins', '__builtin__') for kind in ('list', 'dict', 'int', 'long', 'float', 'str', 'bool')))] + [
+    (table, 'collections.defaultdict')]
 
+# %% ../nbs/03_models/04_weights.ipynb #afbd301d
 def pickles(
     path,   # A file that holds pickles, by itself or in a zip
 )->tuple:   # Name of each function and class that they want, highest protocol; None when no whole pickle begins there

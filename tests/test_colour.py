@@ -119,6 +119,32 @@ def test_legacy_order_counts_an_op_once_and_rounds_at_a_quarter():
     assert inside.equal(want)
     with pytest.raises(ValueError, match='no legacy order'): Warp(size, (('Zoom', 2, (2, 0, 0, 0, 2, 0)),), legacy=True).matrix
 
+def in_turn(labels, ops, fill=250):
+    """The released way: one nearest-neighbour sample for each move, zero outside, ids one up."""
+    (h, w), out = labels.shape, labels.double()[None, None]+1
+    y, x = torch.meshgrid(torch.arange(h, dtype=torch.float64)+.5, torch.arange(w, dtype=torch.float64)+.5, indexing='ij')
+    for _, _, (a, b, c, d, e, f) in ops:
+        grid = torch.stack([2*(a*x+b*y+c)/w-1, 2*(d*x+e*y+f)/h-1], -1)[None]
+        out = torch.nn.functional.grid_sample(out, grid, mode='nearest', padding_mode='zeros', align_corners=False)
+    return torch.where(out == 0, fill, out-1)[0, 0].long()
+
+def test_legacy_moves_are_sampled_one_by_one_and_ties_go_to_the_even_cell():
+    size, rng = (16, 32), np.random.default_rng(0)                                        # powers of two: no tie is lost to rounding
+    move = lambda name, *six: (name, 1, six)
+    ties = [move('Hflip', -1, 0, 32, 0, 1, 0), move('ShearX', 1, 1., 0, 0, 1, 0), move('ShearY', 1, 0, 0, -.25, 1, 0),
+        move('TranslateY', 1, 0, 0, 0, 1, 3)]
+    labels = torch.from_numpy(rng.integers(0, 19, size))
+    for ops in (ties[:2], ties[1:], ties, [ties[1]], [ties[2]]):
+        assert warp_labels(labels, Warp(size, tuple(ops), legacy=True), fill=250).equal(in_turn(labels, ops)), ops
+    assert not warp_labels(labels, Warp(size, tuple(ties)), fill=250).equal(in_turn(labels, ties))          # all at once is another picture
+    size, far = (48, 84), 0
+    for _ in range(40):
+        names = [n for n in ('ShearX', 'ShearY', 'TranslateY', 'Rotate') if rng.random() < .6]
+        ops = tuple(entry(n, int(rng.integers(1, 10)), int(rng.choice([-1, 1])), size) for n in names)
+        labels = torch.from_numpy(rng.integers(0, 19, size))
+        far = max(far, (warp_labels(labels, Warp(size, ops, legacy=True), fill=250) != in_turn(labels, ops)).double().mean().item())
+    assert far < .01, far                                                                 # ties that the reference rounds away
+
 @pytest.mark.parametrize('grid', [(64, 112), (16, 28), (8, 14), (9, 15), (1, 1), (128, 224)], ids=str)
 def test_any_resolution_reads_the_same_place(grid):
     size, (h, w) = (64, 112), grid

@@ -365,7 +365,7 @@ def test_folder_faults(town, kw, text):
 
 def test_folder_missing_toml(tmp_path):
     with pytest.raises(InputError, match='no.toml: cannot be read'): folder(tmp_path/'no.toml')
-    with pytest.raises(InputError, match='cannot be read'): folder(tmp_path)
+    with pytest.raises(InputError, match='is a folder, expected a TOML file'): folder(tmp_path)
 
 # ---- wrappers
 

@@ -465,3 +465,9 @@ def test_the_exact_network_of_iapc_sees_what_caffe_models_see():
         net(normalize(images))
     assert (seen[0] - caffe).abs().max() < 1e-3
     assert len(net.state_dict()) == 632
+
+@pytest.mark.parametrize('size', [(31, 64), (64, 31), (3, 3)])
+def test_windows_that_cannot_be_halved_five_times_are_named(size):
+    d = pbal_discriminator(3, 4)
+    with pytest.raises(InputError, match=f'windows of {size[0]}x{size[1]} pixels are too small'): d(torch.zeros(1, 3, *size))
+    assert d(torch.zeros(1, 3, 32, 40)).shape == (1, 1, 1, 1)

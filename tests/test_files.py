@@ -4,6 +4,7 @@ import io
 import json
 import os
 import struct
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -12,12 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from protonb.cli import main
+from protonb.annotations import read_classes
+from protonb.cli import find_images, main
 from protonb.core import InputError
-from protonb.datasets import folder, images, open_dataset, published, require_labels, take
+from protonb.datasets import folder, images, open_dataset, published, require_labels, splits_of, take
 from protonb.evaluation import evaluate
 from protonb.files import files_below, image_size, list_files, read_image, read_label, read_list
-from protonb.labels import CAMVID, CAMVID_COLOURS, CITYSCAPES, CITYSCAPES16, FAR, ClassSpace
+from protonb.labels import CAMVID, CAMVID_COLOURS, CITYSCAPES, CITYSCAPES16, FAR, IDD, ClassSpace
 
 IDS = np.array([[0, 0, 1, 1], [0, 2, 2, 1], [0, 2, 2, 1]], np.uint8)
 COLOURS = dict(ground=(10, 20, 30), car=(200, 0, 0), tree=(0, 120, 40))
@@ -308,6 +310,52 @@ def test_spellings_of_one_name(tmp_path):
     refused(lambda: folder(describe(tmp_path, "")), "same name")
 
 
+@pytest.mark.parametrize("disk, said", [("NFD", "NFC"), ("NFC", "NFD")])
+def test_folders_in_the_other_spelling(tmp_path, disk, said):
+    """A folder that a Mac has made, in a description, a list and a command that somebody has typed elsewhere."""
+    there, typed = (lambda t, f=f: unicodedata.normalize(f, t) for f in (disk, said))
+    root = tmp_path / there("Köln") / there("Brücke")
+    save(root / there("Fotos ü") / "a.png", PHOTO), save(root / there("Masken ü") / "a.png", IDS)
+    (root / there("liste_ü.txt")).write_text("a\n")
+    describe(root, typed('[lists]\ntrain = "liste_ü.txt"\n'), images=typed("Fotos ü"), labels=typed("Masken ü"))
+    typed_root = f"{tmp_path}/{typed('Köln/Brücke')}"
+    ds = open_dataset(f"folder:{typed_root}/d.toml")
+    assert ds[0][1].tolist() == IDS.tolist() and splits_of(f"folder:{typed_root}/d.toml") == ["train"]
+    describe(root, "", images=typed("Fotos ü/*.png"), labels=typed("Masken ü/*.png"))
+    assert open_dataset(f"folder:{typed_root}/d.toml")[0][1].tolist() == IDS.tolist()
+    assert len(images(f"{typed_root}/{typed('Fotos ü')}") if disk == said else open_dataset(f"images:{typed_root}/{typed('Fotos ü')}")) == 1
+    assert [n for n, _ in find_images(f"{typed_root}/{typed('Fotos ü')}")] == ["a"]
+    refused(lambda: open_dataset(f"folder:{typed_root}/{typed('Fotos ö')}/d.toml"), "cannot be read")
+
+
+@pytest.mark.parametrize("text", ["image,label\nimg/a.png,lab/a.png\n", "# chosen by hand\n\na\n", '"img/a.png","lab/a.png"\n', "file_name\r\na.png\r\n", "filename;mask\na.png;a.png"])
+def test_lists_with_a_head_comments_or_quotes(tmp_path, text):
+    for n in "ab": save(tmp_path / f"img/{n}.png", PHOTO), save(tmp_path / f"lab/{n}.png", IDS)
+    toml = describe(tmp_path, '[lists]\ntrain = "list.csv"\n')
+    (tmp_path / "list.csv").write_text(text, newline="")
+    assert folder(toml).names == ["a"] and labels_of(toml) == [IDS.tolist()]
+    (tmp_path / "list.csv").write_text("image\n")                        # a list of one line is no head
+    refused(lambda: folder(toml), "list.csv: 'image' is none of the 2 images")
+    (tmp_path / "list.csv").write_text("# nothing\n")
+    refused(lambda: folder(toml), "list.csv: names no image")
+
+
+def test_ids_that_are_all_ignored(tmp_path):
+    save(tmp_path / "img/a.png", PHOTO), save(tmp_path / "lab/a.png", IDS)
+    toml = describe(tmp_path, "")
+    toml.write_text(toml.read_text() + '\n[ids]\n0 = "ignore"\n1 = "ignore"\n2 = "ignore"\n')
+    refused(lambda: folder(toml), "d.toml: [ids] names none of ground, car, tree")
+
+
+@pytest.mark.parametrize("ending, words", [(".webp", "is a WEBP file"), (".gif", None), (".jpg", "is a JPEG file")])
+def test_labels_of_an_ending_that_is_not_looked_for(tmp_path, ending, words):
+    save(tmp_path / "img/a.png", PHOTO), save(tmp_path / f"lab/a{ending}", IDS, **(dict(lossless=True) if ending == ".webp" else {}))
+    refused(lambda: folder(describe(tmp_path, "")), "a.png: has no label", f'1 files there end in {ending}: label_suffix = "{ending}" takes them')
+    toml = describe(tmp_path, f'label_suffix = "{ending}"')
+    if words: refused(lambda: folder(toml)[0], words)
+    else: assert folder(toml)[0][1].tolist() == IDS.tolist()
+
+
 def test_links_and_hidden_files(tmp_path):
     save(tmp_path / "disk/1.png", PHOTO), save(tmp_path / "disk/deep/2.png", PHOTO)
     for k in ("img", "lab"):
@@ -386,7 +434,7 @@ def test_lists_that_pair_otherwise(voc):
     assert ds[0][1][0, 0] == 0 and ds.label_paths[0].name == "003.png"
 
 
-@pytest.mark.parametrize("lines,words", [("007\n", ["'007'", "none of the 4 images"]), ("001\n001\n", ["twice"]), ("", ["holds no image"]),
+@pytest.mark.parametrize("lines,words", [("007\n", ["'007'", "none of the 4 images"]), ("001\n001\n", ["twice"]), ("", ["train.txt: names no image"]),
     ("001.jpg nothing.png\n", ["'nothing.png'"]), ("/else/Photos/001.jpg\n", ["none of the 4"]), ("Photos/001.jpg", ["none of the 4"])])
 def test_faults_of_lists(voc, lines, words): refused(lambda: folder(voc(lines)), *words)
 
@@ -617,6 +665,7 @@ TRAINED = np.array([[0, 13, 10, 255]]*3, np.uint8)
     ("vistas", "validation/images/u_0.jpg", "validation/v1.2/labels/u_0.png", np.array([[13, 55, 27, 65]]*3, np.uint8), "", "val"),
     ("vistas", "training/images/u_0.jpg", "training/labels/u_0.png", np.array([[24, 55, 27, 0]]*3, np.uint8), "", "train"),
     ("idd", "leftImg8bit/train/7/u_0_leftImg8bit.png", "gtFine/train/7/u_0_gtFine_labelcsTrainIds.png", TRAINED, "", "train"),
+    ("idd", "leftImg8bit/val/7/u_0_leftImg8bit.jpg", "gtFine/val/7/u_0_gtFine_labelids.png", np.array([[0, 12, 33, 35]]*3, np.uint8), "", "val"),
     ("carlascapes", "images/u_0_img.jpg", "labels/u_0_labelIds.png", np.array([[1, 14, 11, 0]]*3, np.uint8), "", "train"),
     ("gta5", "images/u_0.png", "labels/u_0.png", np.array([[7, 26, 23, 34]]*3, np.uint8), "", "train")])
 def test_layouts(tmp_path, kind, image, label, raw, opt, split):
@@ -644,6 +693,30 @@ def test_outlines_of_cityscapes_and_idd(tmp_path):
         assert open_dataset(f"{kind}:{root}")[0][1].tolist() == [[255, 0, 0, want], [255, 0, 0, 0], [255, 0, 0, 0]]
     p.write_text(json.dumps(dict(imgHeight=3, imgWidth=4, objects=[dict(label="moon", polygon=whole)])))
     refused(lambda: open_dataset(f"idd:{root}")[0], "a_gtFine_polygons.json", "unknown class 'moon'")
+
+
+def test_idd_in_its_own_classes(tmp_path):
+    """Level 3 of IDD's tree: 26 classes, in which an animal is a person, a parking lot drivable, a train some vehicle."""
+    leaves, level3 = {"parking": 1, "animal": 7, "train": 17, "tunnel": 31, "out of roi": 38}, [1, 4, 12, 23, 255]
+    root, files = tmp_path / "leftImg8bit/val/7", tmp_path / "gtFine/val/7"
+    photo = np.kron(PHOTO[:1, :1], np.ones((1, 5, 1), np.uint8))
+    save(root / "u_0_leftImg8bit.png", photo), save(files / "u_0_gtFine_labellevel3Ids.png", np.array([level3], np.uint8))
+    ds = open_dataset(f"idd:{tmp_path}", "val")
+    assert ds.space is IDD and ds.space.num_classes == 26 and ds[0][1].tolist() == [level3]
+    assert open_dataset(f"idd:{tmp_path}", "val", CITYSCAPES)[0][1].tolist() == [[255, CITYSCAPES.index("person"), 255, 255, 255]]
+    (files / "u_0_gtFine_labellevel3Ids.png").unlink()
+    save(files / "u_0_gtFine_labelIds.png", np.array([list(leaves.values())], np.uint8))
+    assert open_dataset(f"idd:{tmp_path}", "val", IDD)[0][1].tolist() == [level3]
+    city = [[255, 255, CITYSCAPES.index("train"), 255, 255]]                               # IDD's own way to Cityscapes' ids
+    assert open_dataset(f"idd:{tmp_path}", "val")[0][1].tolist() == city
+    (files / "u_0_gtFine_labelIds.png").unlink()
+    objects = [dict(label=n, polygon=[[i, 0], [i, 0]]) for i, n in enumerate(leaves)]
+    (files / "u_0_gtFine_polygons.json").write_text(json.dumps(dict(imgHeight=1, imgWidth=5, objects=objects)))
+    assert open_dataset(f"idd:{tmp_path}", "val", IDD)[0][1].tolist() == [level3] and open_dataset(f"idd:{tmp_path}", "val")[0][1].tolist() == city
+    save(files / "u_0_gtFine_labellevel3Ids.png", np.full((1, 5), 26, np.uint8))
+    (files / "u_0_gtFine_polygons.json").unlink()
+    refused(lambda: open_dataset(f"idd:{tmp_path}", "val")[0], "unknown label id 26")
+    assert command("train", "source-only", "--source", f"idd:{tmp_path}", "--out", tmp_path / "r", *SMALL, "--classes", "id")[0] == 2
 
 
 def test_vistas_by_its_config(tmp_path):
@@ -809,6 +882,102 @@ road = [128, 64, 128]
     assert command("eval", tmp_path / "r", "--data", f"folder:{tmp_path}/cvat.toml", "--device", "cpu")[0] == 0
     (found,) = score_of(tmp_path / "r").values()
     assert np.array(found["cm"]).sum() == 40*48 and np.array(found["cm"]).sum(1).tolist() == np.bincount(ids.ravel(), minlength=3).tolist()
+
+
+def cvat_export(root, splits, table={"background": (0, 0, 0), "car": (250, 50, 83), "road": (128, 64, 128)}, folder=""):
+    """CVAT's `Segmentation mask 1.1`: photos, masks in colours, a list for each split, and the classes in labelmap.txt."""
+    rng, frames = np.random.default_rng(0), {}
+    for split, n in splits.items():
+        for i in range(n):
+            name, ids = f"{folder}{split}{i}", np.kron(rng.integers(0, len(table), (5, 6)), np.ones((8, 8), int))
+            save(root / f"JPEGImages/{name}.jpg", painted(ids, table), quality=95), save(root / f"SegmentationClass/{name}.png", painted(ids, table))
+            save(root / f"SegmentationObject/{name}.png", painted(ids, table))
+            frames.setdefault(split, {})[name] = ids
+        (root / "ImageSets/Segmentation").mkdir(parents=True, exist_ok=True)
+        (root / f"ImageSets/Segmentation/{split}.txt").write_text("".join(f"{f}\n" for f in frames.get(split, ())))
+    lines = ["# label:color_rgb:parts:actions", *(f"{c}:{','.join(map(str, rgb))}::" for c, rgb in table.items())]
+    (root / "labelmap.txt").write_text("\n".join(lines))
+    return frames
+
+
+@pytest.mark.parametrize("splits, names", [(dict(train=3, val=1), ["train", "val"]), (dict(Train=3, Validation=1, Test=0), ["train", "val"]),
+                                           (dict(default=3, val=1), ["train", "val"]), (dict(train=3, val=1, trainval=0), ["train", "val"])])
+def test_a_cvat_export_is_opened_as_it_is(tmp_path, splits, names):
+    frames = cvat_export(tmp_path, splits, folder="job_1/")
+    if "trainval" in splits: (tmp_path / "ImageSets/Segmentation/trainval.txt").write_text("job_1/train0\njob_1/val0\n")
+    data = f"folder:{tmp_path}"
+    assert splits_of(data) == names and open_dataset(data).space.classes == ("background", "car", "road")
+    assert command("train", "source-only", "--source", data, "--out", tmp_path / "r", *SMALL)[0] == 0
+    assert command("eval", tmp_path / "r", "--data", data, "--device", "cpu")[0] == 0
+    (found,) = score_of(tmp_path / "r").values()
+    (ids,) = frames[list(splits)[1]].values()
+    assert np.array(found["cm"]).sum(1).tolist() == np.bincount(ids.ravel(), minlength=3).tolist()
+    assert command("data", "check", data)[0] == 0
+
+
+def test_a_cvat_export_of_one_list(tmp_path):
+    (ids, *_) = cvat_export(tmp_path / "x", dict(default=2))["default"].values()
+    assert splits_of(f"folder:{tmp_path}/x") == ["train"]
+    for given in ("x", "x/labelmap.txt"): assert np.array_equal(folder(tmp_path / given)[0][1], ids)
+    refused(lambda: open_dataset(f"folder:{tmp_path}/x", "val"), "no split 'val', only: train")
+    refused(lambda: folder(tmp_path), "expected a TOML file or an export of CVAT", f"give folder:{tmp_path}/x")
+    refused(lambda: folder(tmp_path / "x/JPEGImages"), "is a folder, expected a TOML file")
+    toml = tmp_path / "own.toml"                                                  # photos elsewhere, background left out, classes from the file
+    toml.write_text('ignore_colours = [[0, 0, 0]]\nimages = {train = "x/JPEGImages"}\nlabels = {train = "x/SegmentationClass"}\n')
+    assert folder(toml).space.classes == ("car", "road") and np.array_equal(folder(toml)[0][1], np.array([255, 0, 1])[ids])
+    toml.write_text('classes = "x/labelmap.txt"\n' + toml.read_text())
+    assert np.array_equal(folder(toml)[0][1], np.array([255, 0, 1])[ids])
+    palette = Image.fromarray(np.uint8(ids))                                      # masks of one channel: the index is the place in the list
+    palette.putpalette([v for rgb in ((0, 0, 0), (250, 50, 83), (128, 64, 128)) for v in rgb])
+    palette.save(tmp_path / "x/SegmentationClass/default0.png")
+    assert np.array_equal(folder(tmp_path / "x")[0][1], ids)
+
+
+def test_supervisely_projects_are_opened_as_they_are(tmp_path):
+    meta = dict(classes=[dict(title="ground", shape="any", color="#0A141E"), dict(title="car", shape="polygon", color="#C80000"),
+        dict(title="wire", shape="line", color="#00FF00")], tags=[])
+    d = dict(size=dict(height=3, width=4), objects=[dict(classTitle="car", geometryType="polygon", points=dict(exterior=SQUARE, interior=[])),
+        dict(classTitle="wire", geometryType="line", points=dict(exterior=[[0, 0], [3, 2]], interior=[]))])
+    root = tmp_path / "project"
+    for ds in ("train", "val"):
+        save(root / ds / "img/a.jpg", PHOTO if ds == "train" else 255 - PHOTO), (root / ds / "ann").mkdir()
+        (root / ds / "ann/a.jpg.json").write_text(json.dumps(d))
+    (root / "meta.json").write_text(json.dumps(meta))
+    assert splits_of(f"folder:{root}") == ["train", "val"]
+    ds = folder(root, "val")
+    assert (ds.space.classes, ds.space.palette, ds[0][1].tolist()) == (("ground", "car"), ((10, 20, 30), (200, 0, 0)), WANT.tolist())
+    (root / "own.toml").write_text('format = "supervisely"\nimages = {train = "train/img"}\nlabels = {train = "train/ann"}')
+    assert folder(root / "own.toml")[0][1].tolist() == WANT.tolist()              # the classes of meta.json, as none are given
+    (root / "own.toml").write_text((root / "own.toml").read_text() + '\nnames = {car = "ground"}')
+    assert folder(root / "own.toml").space.classes == ("ground",) and folder(root / "own.toml")[0][1].max() == 255
+    for bad, words in (({}, "KeyError"), (dict(classes=[]), "no class with a colour"), (dict(classes=[meta["classes"][2]]), "no class with a colour"),
+            (dict(classes=[dict(title="car", color="red")]), "ValueError"), (dict(classes=[meta["classes"][1]]*2), "is there twice")):
+        (root / "meta.json").write_text(json.dumps(bad))
+        refused(lambda: folder(root), "meta.json: is no supervisely file", words)
+
+
+def test_outlines_of_cvat_bring_their_classes(tmp_path):
+    labels = "".join(f"<label><name>{c}</name><color>{rgb}</color><type>{kind}</type></label>" for c, rgb, kind in
+                     (("ground", "#0a141e", "any"), ("car", "#c80000", "polygon"), ("tree", "#007828", "mask"), ("night", "#ffffff", "tag")))
+    text = CVAT.replace("<annotations>", f"<annotations><meta><job><labels>{labels}</labels></job></meta>")
+    save(tmp_path / "x/images/job/a.jpg", PHOTO), save(tmp_path / "x/images/other.jpg", PHOTO)
+    (tmp_path / "x/annotations.xml").write_text(text)
+    want = np.where(WANT == 255, 0, WANT)
+    want[[1, 2, 2], [2, 2, 3]] = 2
+    ds = folder(tmp_path / "x")
+    assert (ds.space.classes, ds.space.palette, len(ds), ds[0][1].tolist()) == (tuple(COLOURS), tuple(COLOURS.values()), 2, want.tolist())
+
+
+@pytest.mark.parametrize("text", ["# rows\n\nground:10,20,30::\n car:200,0,0:door:\ntree: 0, 120, 40\n", "10 20 30 ground\n200\t0\t0 car\n0, 120, 40, tree",
+                                  "name,r,g,b\r\nground,10,20,30\r\ncar, 200, 0, 0\r\ntree,0,120,40\r\n"])
+def test_tables_of_classes(tmp_path, text):
+    (tmp_path / "c.txt").write_text(text, encoding="utf-8-sig", newline="")
+    assert read_classes(tmp_path / "c.txt") == COLOURS
+    for bad, words in ((text + "\nsky", "no colour in 'sky'"), (text.replace("200", "300"), "no r,g,b"), (text.replace("tree", "car"), "twice"), ("", "no class")):
+        (tmp_path / "c.txt").write_text(bad)
+        refused(lambda: read_classes(tmp_path / "c.txt"), "c.txt: is no colour table file", words)
+    (tmp_path / "c.txt").write_text("a:0,0,0::\nb:1,0,0::\nc:0,0,0::\n")
+    refused(lambda: read_classes(tmp_path / "c.txt"), "'c' has the colour of another class")
 
 
 def test_the_means_of_cityscapes16():

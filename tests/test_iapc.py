@@ -343,6 +343,24 @@ def test_multiplicities_name_only_trained_parameters():
 
 # ------------------------------------------------------------------------------------------------------------------ two processes
 
+def test_prototypes_of_another_stage_and_the_range_of_the_importance(tmp_path):
+    torch.manual_seed(0)
+    target, source = Streets(REAL, 4, size=(64, 128), seed=1), iapc_small(width=8)
+    run = Train(steps=2, batch_size=2, device="cpu", log_every=1)
+    cfgs = {k: replace(CFG, feature_layer=k) for k in (3, 2, 4)}
+    labels = iapc.pseudo_labels(target, source, cfgs[3], run_dir=tmp_path, progress=False)
+    for k, cfg in cfgs.items(): iapc.train(labels, copy.deepcopy(source), cfg, run, run_dir=tmp_path / str(k), progress=False)
+    logs = {k: read_metrics(tmp_path / str(k)) for k in cfgs}
+    assert len({logs[k]["agreement"][1][0] for k in cfgs}) == 3 and len({logs[k]["entropy"][1][0] for k in cfgs}) == 1
+    assert all(lo < hi for lo, hi in zip(logs[3]["importance_low"][1], logs[3]["importance_high"][1]))
+    one = iapc.losses(*(torch.zeros(1, 19, 5, 9), torch.rand(1, 4, 5, 9)), torch.eye(19)[None, :, 0, None, None].expand(1, 19, 5, 9)*4 - 1,
+        torch.zeros(1, 19, 5, 9), torch.rand(1, 4, 5, 9), torch.zeros(1, 32, 64, dtype=torch.long), torch.ones(19), CFG)[1]
+    assert one["importance_low"] == one["importance_high"] == pytest.approx(1+1/3)          # 1 - (-1)/3: the two best are 3 and -1
+    for bad in (0, 5):
+        with pytest.raises(InputError, match=f"feature_layer is {bad}"): replace(CFG, feature_layer=bad)
+    with pytest.raises(InputError, match="one kind of features only"): iapc.trio(Tiny(), cfgs[2])
+
+
 TWO = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -372,6 +390,12 @@ def processes(home):
     run = Train(steps=4, batch_size=4 // world, device="cpu", log_every=1, checkpoint_every=4)
     cfg = replace(CFG, lr=.05, head_factor=1., repeats="one", rare_pixels=300)
     labels = iapc.pseudo_labels(target, source, cfg, run_dir=home, acc=accelerator_for(run), progress=False)
+    fit = iapc.fit
+
+    def looked(one, stream, parts, *args, **kw):                                  # the statistics of a process are its own, as with the other methods
+        assert world == 1 or not parts["net"].broadcast_buffers
+        return fit(one, stream, parts, *args, **kw)
+    iapc.fit = looked
     iapc.train(labels, source, cfg, run, run_dir=home, progress=False)
 
 

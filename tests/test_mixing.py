@@ -37,8 +37,9 @@ def test_fda_of_the_method_at_full_size():
     s, t = 255*noise(1, 3, 512, 1024), 255*noise(1, 3, 512, 1024, seed=1)
     want = fda_by_fft(s.numpy(), t.numpy())
     assert np.abs(fda(s, t).numpy() - want).max() < 1e-9
-    assert np.abs(fda(s.float(), t.float()).numpy() - want).max() < 1e-3
-    assert np.abs(want - s.numpy()).max() > .1
+    s, t = s.round().float(), t.round().float()                          # pictures, added up in float64: what is left is the rounding of the result
+    assert np.abs(fda(s, t).numpy() - fda_by_fft(s.double().numpy(), t.double().numpy())).max() < 5e-5
+    assert np.abs(want - s.numpy()).max() > .1 and want.shape == s.shape
 
 def test_fda_changes_the_window_only_and_keeps_phases():
     s, t = 255*noise(2, 3, 60, 90), 255*noise(2, 3, 60, 90, seed=1)

@@ -131,6 +131,14 @@ def test_pictures_of_another_network_or_look_are_written_anew(more, runs, photos
         assert say("r1", "both") == 0 and "2 images written" in capsys.readouterr().out      # the plain look again
 
 
+def test_pictures_of_another_network_in_other_formats_are_told(runs, photos, tmp_path, capsys):
+    say = lambda run, *m: shell("predict", runs / run, photos, "--out", tmp_path / "p", "--device", "cpu", *m)
+    assert say("r0", "--format", "trainIds", "confidence") == 0 and "note" not in capsys.readouterr().out
+    assert say("r0", "--format", "color") == 0 and "note" not in capsys.readouterr().out                  # of the same network
+    assert say("r1", "--format", "color") == 0 and "note: 2 of them have pictures of another network" in capsys.readouterr().out
+    assert say("r1", "--format", "trainIds", "confidence") == 0 and "note" not in capsys.readouterr().out
+
+
 def test_an_image_that_changed_is_predicted_again(runs, photos, tmp_path, capsys):
     say = lambda: shell("predict", runs / "r0", photos, "--out", tmp_path / "p", "--device", "cpu")
     assert say() == 0

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from protonb import wdass as W
 from protonb.core import InputError, rng_for
 from protonb.deeplab import pbal_small
-from protonb.deeplabv2 import wdass_small
+from protonb.cli import main
+from protonb.deeplabv2 import wdass_mobilenetv2, wdass_small
 from protonb.feeding import Feed, segmenter
 from protonb.labels import CITYSCAPES, IGNORE
 from protonb.methods import Job, train
@@ -406,6 +407,32 @@ def test_an_independent_teacher_has_its_own_heads():
     for k, v in net.state_dict().items():
         assert same.state_dict()[k].equal(v) and own.state_dict()[k].equal(again.state_dict()[k])
         assert own.state_dict()[k].equal(v) != k.startswith(('aspp', 'representation')), k
+
+def test_an_independent_teacher_begins_as_another_network_of_the_same_start(tmp_path):
+    net = wdass_mobilenetv2(5, channels=8)
+    def fresh(seed):
+        torch.manual_seed(seed)
+        made = wdass_mobilenetv2(5, channels=8)
+        made.backbone.load_state_dict(net.backbone.state_dict())                                          # what a file has, all have
+        return made
+    cfg, before = replace(TINY, teacher='independent'), torch.get_rng_state()
+    same, own = (W.slow_copy(net, cfg, 3, f) for f in (fresh, lambda seed: wdass_mobilenetv2(5, channels=8)))
+    assert torch.get_rng_state().equal(before)
+    conv = next(k for k, v in net.state_dict().items() if k.startswith('backbone') and v.ndim == 4)
+    assert same.state_dict()[conv].equal(net.state_dict()[conv]) and not own.state_dict()[conv].equal(net.state_dict()[conv])
+    heads = same.aspp.features                                                                             # as released: He's rule by fan-in, biases 0
+    assert all(not c.bias.any() and c.weight.std().item() == pytest.approx((2/(9*c.in_channels))**.5, rel=.05) for c in heads)
+    assert not torch.equal(heads[0].weight, net.aspp.features[0].weight) and same.representation[0].bias.any()
+    assert not any(p.requires_grad for p in same.parameters()) and same.training
+    common = ['train', 'wdass', '--source', 'streets:synthetic,count=4,size=48x96', '--target', 'streets:real,count=4,size=48x96', '--net', 'wdass_small',
+              '--weak', 'fine', '--device', 'cpu', '--steps', '1', '--batch-size', '2', '--seed', '1']
+    assert main([*common, '--out', str(tmp_path/'r'), '--teacher', 'independent']) == 0
+    now = read_states(checkpoints(tmp_path/'r')[-1][1])
+    assert not any(now['net'][k].equal(v) for k, v in now['teacher'].items() if v.ndim == 4)              # nothing was loaded: nothing is shared
+
+def test_more_points_than_there_is_room_for_are_refused(tmp_path, streets):
+    cfg = replace(SHORT, labels='point')
+    with pytest.raises(InputError, match='labelled pixels, but room=4.*contrast.clicks'): adapt(*streets, Tiny(), cfg, run(), tmp_path)   # full labels
 
 # Hard batches
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from protonb.core import InputError
 from protonb.weighted_prototypes import (
+    stacked_points,
     PrototypeMemory, anchor_means, contrast, domain_prototypes, merge_labels, point_anchors, sample_anchors, sure,
     weighted_prototypes)
 
@@ -126,7 +128,16 @@ def test_points_enlarged_twice_have_room_and_more_are_refused():
     got, there = point_anchors(f, y, 19)
     close(got, loop_means(F.interpolate(f, size=(4, 19), mode='bilinear', align_corners=False), y, 19)[0])
     assert there.all()
-    with pytest.raises(ValueError, match='want point labels, or a larger room'): point_anchors(f, y, 19, room=3)
+    with pytest.raises(ValueError, match='expected point labels, or more room'): point_anchors(f, y, 19, room=3)
+
+
+def test_too_many_points_are_refused_before_a_gpu_could_drop_them():
+    label = torch.full((8, 8), 255)
+    label[:2] = torch.arange(16).view(2, 8)%3                             # 16 points: room 4 of 3 classes holds 12 an image
+    sample = dict(target=(torch.zeros(3, 8, 8, dtype=torch.uint8), label, torch.ones(3, dtype=torch.bool)))
+    with pytest.raises(InputError, match='has 32 labelled pixels, but room=4 holds 24.*contrast.clicks'): stacked_points([sample]*2, 3, 4)
+    few = dict(target=(sample['target'][0], torch.full_like(label, 255), sample['target'][2]))
+    assert stacked_points([sample, few], 3, 4)['target'][1].shape == (2, 8, 8)                  # the batch has room, whoever needs it
 
 
 def test_weights_are_the_products_with_the_anchor():
@@ -381,6 +392,16 @@ def test_closed_form_is_the_matrix(seed, source_images):
     compare(*some(seed), P, source_images, 1e-10, 1e-10)
     f, a = some(seed, torch.float32)
     compare(f, a, P.float(), source_images, 2e-6, 1e-6)
+
+
+@pytest.mark.parametrize('source_images', [None, 2])
+def test_ids_that_are_no_class_take_no_part(source_images):
+    f, a = some(3)
+    n, K = a.count.item(), 5                                              # of the classes 0..6 two are beyond the prototypes
+    on, P = a.labels[:n] < K, unit(K, 8, seed=20)
+    assert on.any() and not on.all()
+    got = contrast(a, P, source_images=source_images)
+    close(got.detach(), matrix(a.features[:n][on], a.labels[:n][on], a.images[:n][on], P, source_images).detach(), 1e-10)
 
 
 def test_a_class_missing_in_one_domain_counts_but_does_not_pull():

@@ -4,7 +4,10 @@ import os
 import pickle
 import zipfile
 from argparse import Namespace
+from collections import defaultdict
+from datetime import datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -71,6 +74,8 @@ LAYOUTS = dict(
     averaged=("iapc_small", lambda n: module(n.state_dict()) | dict(n_averaged=torch.tensor(9))),
     profiled=("iapc_small", lambda n: n.state_dict() | {"layer1.total_ops": torch.zeros(1), "total_params": torch.zeros(1)}),
     compiled=("proda_small", lambda n: {f"_orig_mod.{k}": v for k, v in n.state_dict().items()}),
+    configured=("wdass_small", lambda n: dict(model=n.state_dict(), date=datetime(2020, 1, 2), log=defaultdict(list, loss=[1., 2.]), out=Path("x"),
+                                              cfg=SimpleNamespace(lr=.1, shapes=defaultdict(int)), took=timedelta(1))),
     half=("iapc_small", lambda n: {k: v.double() if v.is_floating_point() else v for k, v in n.state_dict().items()}),
 )
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
@@ -291,6 +296,15 @@ def test_numbers_and_notes_of_any_numpy_are_read(tmp_path):
         got = read_file(tmp_path / name)
         assert [got[k] for k in "abcd"] == [.5, 3, .25, True] and got["f"] == [2.]
         assert torch.equal(load_weights(tmp_path / name)["w"], torch.ones(2))
+
+
+@pytest.mark.parametrize("what, words", [([torch.zeros(2)], "holds a list"), ({}, "holds nothing"), ("hello", "holds a str"),
+                                         ({"a": np.ones(2)}, "holds the entries a, not names with tensors")])
+def test_what_holds_no_network_is_named_with_its_file(what, words, tmp_path):
+    torch.save(what, tmp_path / "odd.pth")
+    for net in ("iapc_small", "proda_small", "dip_small"):
+        with pytest.raises(InputError, match=rf"odd\.pth: .*{words}"): build_net(net, K, tmp_path / "odd.pth")
+        with pytest.raises(InputError, match=rf"odd\.pth: .*{words}"): open_file(tmp_path / "odd.pth", FileOptions(net=net))
 
 
 def test_functions_of_numpy_are_not_called(tmp_path):
