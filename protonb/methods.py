@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from .core import InputError
 from .datasets import require_labels
 from .feeding import Feed
+from .settings import check
 from .streams import feed, stacked
 from .training import Train, accelerator_for, fit
 
@@ -117,6 +118,7 @@ def train(
     until='',     # Last stage of this call; all of them when left out
 )->dict:          # step reached, whether it is finished, last stage, network
     "All stages in order; stopped anywhere, the same call goes on there."
+    for settings in (job.cfg, job.run): check(settings)          # whoever changed one after it was made
     names = [name for name,_ in job.method.stages]
     if until and until not in names: raise InputError(f'{job.method.name} has no stage {until!r}; expected one of {", ".join(names)}')
     for role,kind in (('source', job.method.source), ('target', job.method.target)):

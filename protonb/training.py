@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, islice
 from pathlib import Path
+from typing import Literal
 
 import accelerate, numpy as np, safetensors.torch, torch
 from accelerate import Accelerator
@@ -31,27 +32,21 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from .core import InputError, atomic_path, rng_for
+from .settings import Seed, Steps, checked_dataclass, Whole
 
 # %% ../nbs/04_learning/02_training.ipynb #8c481785
-@dataclass
+@checked_dataclass
 class Train:
     "What a run of any method needs to know besides its own hyper-parameters."
-    steps:int = 1000             # Updates of the weights in all
-    batch_size:int = 1           # Samples per step and process
-    seed:int = 0                 # Seed of everything random
-    workers:int = 0              # Processes that prepare batches; 0 = the training process itself
-    precision:str = 'no'         # 'no' (float32), 'bf16' or 'fp16' (needs a GPU)
-    device:str = 'auto'          # 'auto' (GPU when there is one), 'cpu' or 'cuda'
-    log_every:int = 10           # Steps from one row of metrics.csv to the next
-    checkpoint_every:int = 200   # Steps from one checkpoint to the next
-    keep:int = 2                 # Checkpoints of a stage that stay on disk, the final one included
-
-    def __post_init__(self):
-        for name, least in dict(steps=1, batch_size=1, workers=0, log_every=1, checkpoint_every=1, keep=1).items():
-            if (got := getattr(self, name)) < least: raise InputError(f'{name} is {got}, but must be at least {least}')
-        for name, allowed in dict(precision=('no', 'bf16', 'fp16'), device=('auto', 'cpu', 'cuda')).items():
-            got = getattr(self, name)
-            if got not in allowed: raise InputError(f'{name} is {got!r}, but must be one of {", ".join(allowed)}')
+    steps:Steps = 1000           # Updates of the weights in all
+    batch_size:Whole(1, 65536) = 1  # Samples per step and process
+    seed:Seed = 0                # Seed of everything random
+    workers:Whole(0, 1024) = 0   # Processes that prepare batches; 0 = the training process itself
+    precision:Literal['no', 'bf16', 'fp16'] = 'no'  # 'no' (float32), 'bf16' or 'fp16' (needs a GPU)
+    device:Literal['auto', 'cpu', 'cuda'] = 'auto'  # 'auto' (GPU when there is one), 'cpu' or 'cuda'
+    log_every:Steps = 10         # Steps from one row of metrics.csv to the next
+    checkpoint_every:Steps = 200  # Steps from one checkpoint to the next
+    keep:Steps = 2               # Checkpoints of a stage that stay on disk, the final one included
 
 # %% ../nbs/04_learning/02_training.ipynb #80d32981
 def accelerator_for(
