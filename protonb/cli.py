@@ -8,7 +8,7 @@ __all__ = ['EXAMPLE', 'COMMANDS', 'Command', 'EXAMPLES', 'open_job', 'announce',
            'find_images', 'predict', 'Report', 'report', 'Info', 'info', 'parse', 'main']
 
 # %% ../nbs/07_shell/02_cli.ipynb #e918f1b7
-import sys
+import os, sys
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,8 +28,8 @@ from .options import (choose_support, follow_source, habits, new_names, open_tar
 from .pages import Demo, demo, make_report
 from .prototypes import class_prototypes, save_prototypes
 from .recipes import choice_table, never_heard
-from .runs import (ADAPTABLE, METHODS, FileOptions, Stopped, build_net, device_of, go_on, look_name, mark_of, open_any, open_run,
-                          read_config, read_scores, ready, score, space_to_dict)
+from .runs import (ADAPTABLE, METHODS, FileOptions, Stopped, build_net, device_of, go_on, last_line, look_name, mark_of, open_any,
+                          open_run, read_config, read_scores, ready, score, space_to_dict, terminated)
 from .settings import Seed, checked_dataclass, Some, Whole
 from .training import Train, accelerator_for, latest_checkpoint, versions
 from .words import read_words
@@ -283,14 +283,21 @@ class Report:
 # %% ../nbs/07_shell/02_cli.ipynb #ec507e2c
 def report(o:Report):
     "protonb report"
-    runs = {r.dir.name: r for r in (open_with(o, p, o.data) for p in o.runs) if ready(r)}
-    data = open_dataset(o.data, o.split, next(iter(runs.values())).space)
+    last = o.runs[-1]
+    page = o.out or (last/'report.html' if last.is_dir() else last.with_suffix('.html'))
+    if page.is_dir(): raise InputError(f'--out {page}: is a folder; expected the name of an HTML file')
+    names = [p.resolve().name for p in o.runs]
+    runs = {n if names.count(n) == 1 else str(p): open_with(o, p, o.data) for n,p in zip(names, o.runs)}
+    first,*others = [r for r in runs.values() if ready(r)]
+    for r in others:
+        if r.space.classes != first.space.classes:
+            raise InputError(f'{r.dir}: has the classes of {r.space.name}, {first.dir} those of {first.space.name}; expected the same')
+    data = open_dataset(o.data, o.split, first.space)
     name = f'{o.data} {o.split}'
     known = {t: read_scores(r.dir, r).get(name + look_name(o.look)) for t,r in runs.items() if r.dir.is_dir()}
     scores = {t: known.get(t) or score(r, data, name, o.look) for t,r in runs.items()}
     print(compare_table(scores))
-    last = o.runs[-1]
-    make_report(o.out or (last/'report.html' if last.is_dir() else last.with_suffix('.html')), runs, scores, data,
+    make_report(page, runs, scores, data,
                 title=', '.join(runs), summary=f'{name}, {len(data)} images', images=o.images, look=o.look,
                 commands=[f'protonb report {" ".join(map(str, o.runs))} --data {o.data}'])
     return 0
@@ -353,21 +360,22 @@ def parse(
     words = list(args)
     return train_words(words[1:]) if words[:1] == ['train'] else read_words(Command, words, 'protonb', EXAMPLES)
 
-# %% ../nbs/07_shell/02_cli.ipynb #f435344d
+# %% ../nbs/07_shell/02_cli.ipynb #4feea084
 def main(
     args=None,  # Words of the command line; those of the shell when left out
-)->int:         # Exit code: 0 done, 2 wrong input, 130 stopped
+)->int:         # Exit code: 0 done, 2 wrong input or a fault of the machine, 130 stopped
     "Entry point of `protonb`."
     try:
-        o = parse(sys.argv[1:] if args is None else args)
-        return COMMANDS.get(type(o), train)(o)
-    except InputError as e:
-        print(f'protonb: {" ".join(str(e).split())}', file=sys.stderr)
+        with terminated():
+            o = parse(sys.argv[1:] if args is None else args)
+            return COMMANDS.get(type(o), train)(o)
+    except BrokenPipeError:                              # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2
-    except OSError as e:                             # a path that the system refuses: too long, not to be entered, ...
-        if e.filename is None: raise
-        print(f'protonb: {e.filename}: {e.strerror}; expected a path that can be used', file=sys.stderr)
-        return 2
-    except Stopped as e:
-        print(e)
-        return 130
+    except (Exception, KeyboardInterrupt) as e:
+        line,code = last_line(e)
+        if line is None:
+            e.add_note('This is a fault of protonb itself: please report it, with the command and the lines above.')
+            raise
+        print(line, file=sys.stdout if isinstance(e, Stopped) else sys.stderr)
+        return code

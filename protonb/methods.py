@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from .core import InputError
 from .datasets import require_labels
 from .feeding import Feed
+from .folders import claimed, require_own
 from .settings import check
 from .streams import feed, stacked
 from .training import Train, accelerator_for, fit
@@ -124,7 +125,9 @@ def train(
     for role,kind in (('source', job.method.source), ('target', job.method.target)):
         teaches,data = kind in LABELLED or kind == 'any' and job.cfg.labels != 'none',getattr(job, role)
         if teaches and data is not None: require_labels(getattr(data, 'few', data), role)
-    for job.stage,stage in job.method.stages:
-        done = stage(job)
-        if not done['finished'] or job.stage == until: break
+    with claimed(job.run_dir, accelerator_of(job).is_main_process):
+        require_own(job.run_dir, job.method.name, names)
+        for job.stage,stage in job.method.stages:
+            done = stage(job)
+            if not done['finished'] or done.get('stopped') or job.stage == until: break
     return done | dict(stage=job.stage, net=job.net)
