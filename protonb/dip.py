@@ -170,6 +170,8 @@ def train(
     progress:bool=True,
 )->dict:           # step reached, and whether the run is finished
     "Train on episodes; `net` is changed in place."
+    K = query.space.num_classes
+    if cfg.query_classes > K: raise InputError(f'query_classes is {cfg.query_classes}; expected at most the {K} classes of the source')
     acc,cfg = accelerator_for(run),replace(cfg, freeze=_frozen(net, cfg))
     set_train(freeze(net, cfg.freeze), cfg.freeze if cfg.freeze_bn else False).to(memory_format=torch.channels_last)
     opt = make_optimizer('sgd', parameter_groups(net, cfg.lr, weight_decay=cfg.weight_decay), cfg.lr, momentum=cfg.momentum)

@@ -288,7 +288,10 @@ def select(
         if acc is None or acc.is_main_process:
             with atomic_path(path) as scratch: scratch.write_text(json.dumps(found, indent=0))
         if acc: wait_long(acc)
-    return json.loads(path.read_text())['kept']
+    try: stay = json.loads(path.read_text())['kept']
+    except (OSError, ValueError, TypeError, KeyError): stay = None
+    if isinstance(stay, list) and set(map(str, stay)) <= set(kept): return stay
+    raise InputError(f'{path}: damaged, expected names of images of the source; delete it, and they are chosen anew')
 
 # %% ../nbs/05_methods/07_pixda.ipynb #de3b9724
 def distillation_step(

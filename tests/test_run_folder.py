@@ -400,3 +400,78 @@ def test_prototypes_are_looked_at(change, tmp_path):
     change(state)
     save_weights(tmp_path / "p.safetensors", state, dict(classes=list("abcd")))
     with pytest.raises(InputError, match="p.safetensors: damaged"): load_prototypes(tmp_path / "p.safetensors")
+
+
+# ---- files beside the checkpoints
+
+def test_a_damaged_selection_is_named(tmp_path):
+    from protonb.pixda import PixDA, select
+    for text in ("{", "[]", '{"kept": 3}', '{"kept": ["elsewhere"]}', "\x00"):
+        (tmp_path / "pass_01.json").write_text(text)
+        with pytest.raises(InputError, match="pass_01.json: damaged.*delete it"):
+            select(None, None, None, None, ["a", "b"], .4, PixDA(), Train(), path=tmp_path / "pass_01.json")
+
+
+def test_damaged_counts_of_classes_are_named(tmp_path):
+    from protonb.streams import rare_first
+    from protonb.streets import REAL, Streets
+    data, path = Streets(REAL, 2, (64, 128)), tmp_path / "class_pixels.npz"
+    for content in (b"", b"PK\x03\x04", b"not an archive"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="class_pixels.npz: damaged.*delete it"): rare_first(data, .1, path)
+    path.unlink()
+    rare_first(data, .1, path)
+    rare_first(data, .1, path)
+
+
+@pytest.mark.parametrize("key, value", [("bins", "many"), ("bins", -1), ("names", 3), ("names", [1]), ("counts", {}), ("classes", None)])
+def test_a_damaged_histogram_is_named_and_made_anew(key, value, tmp_path):
+    from protonb.pseudo_labels import read_histogram, write_labels
+    from protonb.streets import REAL, Streets
+    data = Streets(REAL, 2, (64, 128))
+    segment = lambda x: torch.nn.functional.one_hot((x[:, 0] // 32).long(), 19).permute(0, 3, 1, 2).float()
+    write_labels(segment, data, tmp_path, data.space, progress=False, network="a")
+    path = tmp_path / "histogram.json"
+    want = path.read_bytes()
+    path.write_text(json.dumps(json.loads(want) | {key: value}))
+    with pytest.raises(InputError, match="histogram.json: is damaged.*delete it"): read_histogram(tmp_path)
+    with pytest.raises(InputError, match="histogram.json"): write_labels(segment, data, tmp_path, data.space, progress=False, network="a")
+    path.unlink()
+    (tmp_path / ".counts").mkdir(exist_ok=True)
+    (tmp_path / ".counts" / f"{data.names[0]}.npy").write_bytes(b"half a not")          # what a kill left
+    write_labels(segment, data, tmp_path, data.space, progress=False, network="a")
+    assert path.read_bytes() == want
+
+
+# ---- a stop
+
+def test_a_stop_in_the_last_step_of_a_stage_ends_the_run_there(tmp_path, capsys, monkeypatch):
+    real = T._save
+    monkeypatch.setattr(T, "_save", lambda run: (real(run), run.done == 3 and os.kill(os.getpid(), signal.SIGTERM))[0])
+    assert main(words(tmp_path / "r")) == 130 and "stopped at step 3" in capsys.readouterr().out
+    monkeypatch.setattr(T, "_save", real)
+    assert main(words(tmp_path / "r")) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_outside_of_the_steps_is_one_line_and_130(run, number, tmp_path, capsys, monkeypatch):
+    from protonb import cli
+    monkeypatch.setattr(cli, "open_dataset", lambda *a, **k: os.kill(os.getpid(), number))
+    assert main(["eval", str(run), "--data", TARGET]) == 130
+    err = capsys.readouterr().err.strip()
+    assert err.startswith("protonb: stopped") and "\n" not in err and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_bug_keeps_its_traceback_and_says_so(run, monkeypatch):
+    from protonb import cli
+    monkeypatch.setattr(cli, "open_dataset", lambda *a, **k: 1/0)
+    with pytest.raises(ZeroDivisionError) as e: main(["eval", str(run), "--data", TARGET])
+    assert "report it" in e.value.__notes__[0]
+
+
+def test_two_runs_of_one_folder_name_are_both_in_the_report(run, tmp_path, capsys):
+    for where in "ab": shutil.copytree(run, tmp_path / where / "r")
+    out = tmp_path / "x.html"
+    assert main(["report", str(tmp_path / "a" / "r"), str(tmp_path / "b" / "r"), "--data", "streets:real,count=1,size=64x128", "--images", "1", "--out", str(out)]) == 0
+    page = out.read_text()
+    assert str(tmp_path / "a" / "r") in page and str(tmp_path / "b" / "r") in page
