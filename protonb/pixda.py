@@ -290,7 +290,7 @@ def select(
         if acc: wait_long(acc)
     try: stay = json.loads(path.read_text())['kept']
     except (OSError, ValueError, TypeError, KeyError): stay = None
-    if isinstance(stay, list) and set(map(str, stay)) <= set(kept): return stay
+    if isinstance(stay, list) and set(map(str, stay)) <= set(kept or stay): return stay
     raise InputError(f'{path}: damaged, expected names of images of the source; delete it, and they are chosen anew')
 
 # %% ../nbs/05_methods/07_pixda.ipynb #de3b9724
