@@ -30,6 +30,7 @@ from .files import collecting, normal
 from .labels import CITYSCAPES, IGNORE, ClassSpace, _codes
 from .pictures import method_color, overlay, show_image, show_legend, style
 from .sampling import class_pixels
+from .settings import Count, Seed, checked_dataclass, Whole
 from .weak_labels import WeakLabels, pick_points, weak_label, write_points
 
 # %% ../nbs/07_shell/01c_data.ipynb #dd000012
@@ -323,7 +324,7 @@ def write_pictures(
     return [Path(out)/name for name in figures]
 
 # %% ../nbs/07_shell/01c_data.ipynb #dd000035
-@dataclass
+@checked_dataclass
 class Check:
     "Read a data set once and tell all that is wrong; exit code 2 where something is."
     spec:Positional[str]      # Data set, kind:path; all splits are looked at, unless it names one
@@ -338,7 +339,7 @@ def check(o:Check):
     return 2 if c.faults else 0
 
 # %% ../nbs/07_shell/01c_data.ipynb #dd000037
-@dataclass
+@checked_dataclass
 class Stats:
     "Class shares and sizes of a data set, as far as it can be read."
     spec:Positional[str]      # Data set, kind:path; all splits are looked at, unless it names one
@@ -354,14 +355,14 @@ def stats(o:Stats):
     return 0
 
 # %% ../nbs/07_shell/01c_data.ipynb #dd000040
-@dataclass
+@checked_dataclass
 class Weaken:
     "Write weak labels made from full ones; the folder is a target for `protonb train wdass`."
     spec:Positional[str]                      # Fully labelled data set, kind:path
     labels:Literal['point', 'coarse', 'image']  # What to make; image: coarse maps to read tags from, as in the released code
     out:Path                                  # New folder for labels/, images/ (links), weak.toml and, of points, points.yaml
     split:str = 'train'                       # Split of the data set
-    seed:int = 0                              # Seed of the points
+    seed:Seed = 0                             # Seed of the points
 
 def _link(image, name, folder):
     "A link to the image's file, or a file for a picture that has none of its size."
@@ -401,16 +402,16 @@ def weaken(o:Weaken):
     return 0
 
 # %% ../nbs/07_shell/01c_data.ipynb #dd000044
-@dataclass
+@checked_dataclass
 class FewShot:
     "Draw the names of a few images; the list is for --few."
     spec:Positional[str]   # Labelled data set, kind:path
-    shots:int              # Images of each group
+    shots:Whole(1)         # Images of each group
     out:Path               # Text file to write, one name a line
     group:str = ''         # Regular expression: what it finds in a name is the group
-    prefix:int = 0         # The first letters of a name are the group; without both, all images are one group
+    prefix:Count = 0       # The first letters of a name are the group; without both, all images are one group
     split:str = 'train'    # Split of the data set
-    seed:int = 0           # Another seed, another draw
+    seed:Seed = 0          # Another seed, another draw
 
 def group_by(
     pattern='',  # Regular expression, or ''
@@ -440,7 +441,7 @@ def fewshot(o:FewShot):
 # %% ../nbs/07_shell/01c_data.ipynb #dd000048
 TOOLS = {Check: check, Stats: stats, Weaken: weaken, FewShot: fewshot}
 
-@dataclass
+@checked_dataclass
 class Data:
     "Look at a data set before training: check, stats; make weak or few labels of it: weaken, fewshot."
     what:OmitSubcommandPrefixes[Union[Annotated[Check, subcommand('check')], Annotated[Stats, subcommand('stats')],

@@ -8,7 +8,7 @@ __all__ = ['RAW_ONE', 'RETRY', 'CITYSCAPES_5SHOT', 'CITYSCAPES_1SHOT', 'CITYSCAP
            'keep_raw', 'released', 'clean', 'named_support']
 
 # %% ../nbs/05_methods/02_dip.ipynb #b0ba5112
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, field, replace
 from typing import Literal
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from .pooling import grid_masks
 from .prototypes import class_prototypes, save_prototypes
 from .recipes import Situation, crop, learning_rate
 from .sampling import shuffled_index
+from .settings import Decay, Factor, Ids, Power, Rate, Weight, checked_dataclass, Whole
 from .streams import feed
 from .training import Train, accelerator_for, fit
 from .transforms import Augment, augment
@@ -82,24 +83,24 @@ def step(
     return dict(loss=loss.detach(), query=query.detach(), support=support.detach())
 
 # %% ../nbs/05_methods/02_dip.ipynb #c5b9a70a
-@dataclass
+@checked_dataclass
 class DIP:
     "Hyper-parameters of DIP; the defaults are the effective values of the released code."
-    lr:float = 0.01               # Learning rate of every group (the released config says 0.001, the code multiplies by 10)
-    momentum:float = 0.9          # SGD momentum
-    weight_decay:float = 1e-4     # SGD weight decay, also on norm layers
-    power:float = 0.9             # Power of the polynomial decay to 0
-    scale:float = 20.0            # Factor of the cosine, in training and at test time
-    lambda_support:float = 0.2    # Weight of the support image's own cross-entropy
-    pool_eps:float = 5e-4         # Added to the mass in masked average pooling
-    shots:int = 5                 # Images per class in the support set and in the offline prototypes
-    min_pixels:int = 1            # Pure grid cells that make a class count as present offline
-    query_classes:int = 2         # A query image needs this many classes (GTA5, SYNTHIA: 2; Cityscapes, BDD100K: 3)
-    stride:int = 8                # Output stride of the network: the grid on which classes must survive
+    lr:Rate = 0.01                # Learning rate of every group (the released config says 0.001, the code multiplies by 10)
+    momentum:Decay = 0.9          # SGD momentum
+    weight_decay:Weight = 1e-4    # SGD weight decay, also on norm layers
+    power:Power = 0.9             # Power of the polynomial decay to 0
+    scale:Factor = 20.0           # Factor of the cosine, in training and at test time
+    lambda_support:Weight = 0.2   # Weight of the support image's own cross-entropy
+    pool_eps:Weight = 5e-4        # Added to the mass in masked average pooling
+    shots:Whole(1) = 5            # Images per class in the support set and in the offline prototypes
+    min_pixels:Whole(1) = 1       # Pure grid cells that make a class count as present offline
+    query_classes:Ids = 2         # A query image needs this many classes (GTA5, SYNTHIA: 2; Cityscapes, BDD100K: 3)
+    stride:Whole(1, 64) = 8       # Output stride of the network: the grid on which classes must survive
     freeze:tuple[str, ...]|None = None  # Parts whose parameters stay as loaded, their batch norm goes on; None: those the network names
     freeze_bn:bool = False        # Keep the batch norm of the frozen parts at its loaded statistics too
-    retry_query:int|None = None    # Label id of which a query crop should keep 85 %, see released habits; None = off
-    retry_support:int|None = None  # The same for support crops
+    retry_query:Whole(0, 255)|None = None  # Label id of which a query crop should keep 85 %, see released habits; None = off
+    retry_support:Whole(0, 255)|None = None  # The same for support crops
     absent:Literal['zero', 'skip_both', 'skip_gt'] = 'zero'  # How the mean counts absent classes
     augment:Augment = field(default_factory=Augment)  # Scale, rotation, blur, flip, crop 1025x1025
 
@@ -169,6 +170,8 @@ def train(
     progress:bool=True,
 )->dict:           # step reached, and whether the run is finished
     "Train on episodes; `net` is changed in place."
+    K = query.space.num_classes
+    if cfg.query_classes > K: raise InputError(f'query_classes is {cfg.query_classes}; expected at most the {K} classes of the source')
     acc,cfg = accelerator_for(run),replace(cfg, freeze=_frozen(net, cfg))
     set_train(freeze(net, cfg.freeze), cfg.freeze if cfg.freeze_bn else False).to(memory_format=torch.channels_last)
     opt = make_optimizer('sgd', parameter_groups(net, cfg.lr, weight_decay=cfg.weight_decay), cfg.lr, momentum=cfg.momentum)

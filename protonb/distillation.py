@@ -24,6 +24,7 @@ from .recipes import Situation, crop
 from .processes import cross_entropy, for_processes, held, mean_over, sum_over, wait_long
 
 # %% ../nbs/04_learning/16_distillation.ipynb #0fb2f26c
+from .settings import Decay, Factor, Power, Rate, Share, Steps, Weight, checked_dataclass, Whole
 from .streams import feed, labelled, paired, pseudo_labelled, stage_seed
 from .teachers import frozen
 from .training import Train, accelerator_for, fit
@@ -228,23 +229,23 @@ def _round(job, published):
     return distill_round(job.source, job.target, job.net, teacher, job.cfg.distill, run_of(job), stage=job.stage, **notes(job))
 
 # %% ../nbs/04_learning/16_distillation.ipynb #b88bc8ad
-@dataclass
+@checked_dataclass
 class Distill:
     "A round of distillation; the defaults are the effective values of the released code, with the KL divergence as it was meant."
-    lr:float = 6e-4              # Learning rate of the backbone
-    head_factor:float = 10.      # The head's is so much larger
-    momentum:float = .9          # SGD momentum
-    weight_decay:float = 2e-4    # SGD weight decay, on every tensor
-    power:float = .9             # Power of the decay
-    length:int = 90_000          # Steps after which the rate would be 0
-    kd:float = 1.                # Weight of the distillation
+    lr:Rate = 6e-4               # Learning rate of the backbone
+    head_factor:Factor = 10.     # The head's is so much larger
+    momentum:Decay = .9          # SGD momentum
+    weight_decay:Weight = 2e-4   # SGD weight decay, on every tensor
+    power:Power = .9             # Power of the decay
+    length:Steps = 90_000        # Steps after which the rate would be 0
+    kd:Weight = 1.               # Weight of the distillation
     rce:bool = False             # Symmetric cross-entropy for the hard labels (.1 and 1) instead of the plain one
-    regular:float = 0.           # Weight of the regulariser
-    threshold:float = .95        # Hard labels count above this confidence
+    regular:Weight = 0.          # Weight of the regulariser
+    threshold:Share = .95        # Hard labels count above this confidence
     flip:bool = True             # Label with the mean of an image and its mirror image
     legacy_kd:bool = False       # The released formula, without the logarithm
     legacy_dup:bool = False      # Update backbone tensors 3 or 4 times a step, as the released lists do
     legacy_warp:bool = False     # The released label warp
     mean_std:bool = False        # Images as the network wants them, by ImageNet's mean and deviation; False: x/255, as ProDA feeds
-    shrink:int = 4               # Image size over the size of the maps on which labels and teacher are compared
+    shrink:Whole(1, 64) = 4      # Image size over the size of the maps on which labels and teacher are compared
     window:Window = PRODA_WINDOW # Scale, window and flip of all images

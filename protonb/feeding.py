@@ -7,13 +7,15 @@ __all__ = ['INPUTS', 'ENLARGE', 'network_input', 'Feed', 'feed_of_old', 'resampl
            'window_places', 'TestTime', 'at_test_time']
 
 # %% ../nbs/04_learning/11_feeding.ipynb #7ad3e887
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
+from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from .core import InputError
 from .evaluation import enlarged_rows
 from .ops import prototype_logits
+from .settings import Factor, Side, checked_dataclass, Real, Some
 from .transforms import normalize
 
 # %% ../nbs/04_learning/11_feeding.ipynb #abc26834
@@ -33,23 +35,14 @@ def network_input(
 # %% ../nbs/04_learning/11_feeding.ipynb #2fb9424a
 ENLARGE = ('aligned', 'centred')
 
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True)
 class Feed:
     "How a trained network is fed at test time; plain data for config.json."
-    height:int|None = None   # Images are brought to this height first, in pixels; None: as they are, or as `width` has it
-    input:str = ''           # One of INPUTS; '' is what the network says itself
-    enlarge:str = 'aligned'  # 'aligned': whoever enlarges the logits aligns corners; 'centred': enlarged here without (WDASS)
-    scale:float = 20.        # Factor of the cosine, for a network with prototypes (DIP)
-    width:int|None = None    # ... and to this width; None: what keeps the image's shape
-
-    def __post_init__(self):
-        for name in ('height', 'width'):
-            if (n := getattr(self, name)) is not None and (not isinstance(n, int) or n < 1):
-                raise InputError(f'{name} is {n!r}, expected a number of pixels from 1, or None')
-        for name,known in (('input', ('', *INPUTS)), ('enlarge', ENLARGE)):
-            if getattr(self, name) not in known:
-                raise InputError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(repr, known))}")
-        if not 0 < self.scale < float('inf'): raise InputError(f'scale is {self.scale}, expected a positive number')
+    height:Side|None = None  # Images are brought to this height first, in pixels; None: as they are, or as `width` has it
+    input:Literal[('', *INPUTS)] = ''  # One of INPUTS; '' is what the network says itself
+    enlarge:Literal[ENLARGE] = 'aligned'  # 'aligned': whoever enlarges the logits aligns corners; 'centred': enlarged here without (WDASS)
+    scale:Factor = 20.       # Factor of the cosine, for a network with prototypes (DIP)
+    width:Side|None = None   # ... and to this width; None: what keeps the image's shape
 
     def to_dict(self): return asdict(self)
 
@@ -140,39 +133,25 @@ def window_places(
     (h,w),(tops,lefts) = lengths,starts
     return [(t, l, t+h, l+w) for t in tops for l in lefts]
 
-# %% ../nbs/04_learning/11_feeding.ipynb #b856b2cd
-def _pair(v): return isinstance(v, tuple) and len(v) == 2 and all(isinstance(n, int) and n > 0 for n in v)
-def _number(v, most): return isinstance(v, (int, float)) and 0 < v <= most
-
-def _check(options):
-    "Say what is wrong with a `TestTime`."
-    w,s,scales = options.window,options.stride,options.scales
-    if w is not None and not _pair(w): raise InputError(f'window is {w}, expected two numbers of pixels (rows, columns)')
-    if not (_pair(s) or _number(s, 1)):
-        raise InputError(f'stride is {s}, expected a share of the window in 0..1 or two numbers of pixels (rows, columns)')
-    if w and isinstance(s, tuple) and (s[0] > w[0] or s[1] > w[1]):
-        raise InputError(f'stride is {s} and the window {w}: pixels between the windows would not be seen')
-    if not isinstance(scales, tuple) or not scales or not all(_number(x, 8) for x in scales):
-        raise InputError(f'scales is {scales}, expected factors in 0..8, at least one')
-    if options.average not in ('probabilities', 'logits'):
-        raise InputError(f"average is {options.average!r}; expected 'probabilities' or 'logits'")
-
 # %% ../nbs/04_learning/11_feeding.ipynb #e9083dc4
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True)
 class TestTime:
     "How often and through what an image is looked at, for eval, predict and report."
-    window:tuple[int, int]|None = None    # Sliding window, rows and columns in pixels of the view; None: the whole view
-    stride:float|tuple[int, int] = .5     # Its step: share of the window, or pixels (rows, columns)
-    scales:tuple[float, ...] = (1.,)      # Sizes of the views, over the size at which the network sees the image
+    window:tuple[Side, Side]|None = None  # Sliding window, rows and columns in pixels of the view; None: the whole view
+    stride:Real(0, 1, above=True)|tuple[Side, Side] = .5  # Its step: share of the window, or pixels (rows, columns)
+    scales:Some(Real(0, 8, above=True)) = (1.,)  # Sizes of the views, over the size at which the network sees the image
     flip:bool = False                     # Look at the mirror image of every view as well
-    average:str = 'probabilities'         # What is averaged: 'probabilities' or 'logits'
+    average:Literal['probabilities', 'logits'] = 'probabilities'  # What is averaged: 'probabilities' or 'logits'
     adabn:str = ''                        # AdaBN first: images whose statistics the batch norms take, kind:path; '' as trained
     __test__ = False                      # Not a test, whatever pytest makes of the name
 
     def __post_init__(self):
         for name in ('window', 'stride', 'scales'):   # JSON knows lists only
             if isinstance(v := getattr(self, name), list): object.__setattr__(self, name, tuple(v))
-        _check(self)
+
+    def agree(self):
+        w,s = self.window,self.stride
+        yield not w or not isinstance(s, tuple) or (s[0] <= w[0] and s[1] <= w[1]), 'stride window', 'steps that leave no pixel out'
 
     @property
     def plain(self): return self.window is None and self.scales == (1.,) and not self.flip   # One look, the whole image

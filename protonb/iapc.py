@@ -31,6 +31,7 @@ from .pseudo_labels import HardLabels, Unlabelled, write_labels
 from .recipes import Situation, crop, memory, part, learning_rate, size
 from .resnet import freeze_affine
 from .processes import for_processes, reduced, wait_long
+from .settings import checked_dataclass, Count, Decay, Edge, Factor, Rate, Scale, Share, Side, Steps, Weight, Some, Whole
 from .streams import feed, three_viewed
 from .training import Train, accelerator_for, bare, fit
 from .transforms import resize_label
@@ -211,53 +212,55 @@ def scrambled(
     return s.flatten(2).transpose(1, 2).reshape(s.shape)
 
 # %% ../nbs/05_methods/03_iapc.ipynb #eac1b1cc
-@dataclass
+@checked_dataclass
 class IAPCHabits:
     "Switches and constants of IAPC that a run seldom touches, as released."
-    momentum:float = .9            # SGD momentum (Nesterov); its weight decay is 5e-4
+    momentum:Decay = .9            # SGD momentum (Nesterov); its weight decay is 5e-4
     repeats:Literal['released', 'one'] = 'released'  # Updates a step and tensor: as often as the released list held it, or once
-    feature_layer:int = 3          # Stage whose features the prototypes are made of, 1 to 4 (networks of IAPC and PixDA)
+    feature_layer:Whole(1, 4) = 3  # Stage whose features the prototypes are made of, 1 to 4 (networks of IAPC and PixDA)
     memory_bn:Literal['batch', 'running'] = 'batch'  # Batch norm of the memory model: train mode or stored statistics
     bn_refresh:bool = True         # One more forward pass a step on unchanged images, for the batch norm's statistics alone
     importance_on:Literal['logits', 'probs', 'clamped'] = 'logits'  # Source model's values; 'clamped': logits, kept in 0..1
     legacy_scramble:bool = False   # The symmetric term as the code of 2023 had it
-    rare:float = 7.                # Weight of a class with fewer than `rare_pixels` an image, and of one that was absent
-    rare_pixels:int = 64*64        # See `rare`
-    recall:float = .9              # Memory of the running factor of absent classes
+    rare:Weight = 7.               # Weight of a class with fewer than `rare_pixels` an image, and of one that was absent
+    rare_pixels:Count = 64*64      # See `rare`
+    recall:Share = .9              # Memory of the running factor of absent classes
 
 # %% ../nbs/05_methods/03_iapc.ipynb #0ac38f62
-@dataclass
+@checked_dataclass
 class IAPC(IAPCHabits):
     "Hyper-parameters of IAPC; the defaults are the effective values of the released code."
-    lr:float = 1e-4                # Learning rate of the backbone
-    head_factor:float = 10.        # The head's learning rate is this many times larger
-    warm:int = 5000                # Steps over which the rate grows from a tenth to all of lr
-    length:int = 100_000           # Where the rate would have decayed to 0 (power .9); the released run stops at 9000
-    ema:float = .9999              # Decay of the memory model
-    importance:float = .2          # Weight of the importance-aware term
-    symmetric:float = .04          # Weight of each prototype-symmetric term
-    enhanced:float = .5            # Weight of the prototype-enhanced term
-    entropy:float = 2.             # Weight of the entropy
-    scales:tuple[float, ...] = (.5, .625, .375)  # Sizes that vote on the pseudo labels, over the file's; mirror images vote too
-    adapt_bn:int = 0               # Target images that give the source model new batch-norm statistics first; released: none
-    test_height:int|None = 512     # Images are resized to this height for the student's segmentations; None: as they are
+    lr:Rate = 1e-4                 # Learning rate of the backbone
+    head_factor:Factor = 10.       # The head's learning rate is this many times larger
+    warm:Count = 5000              # Steps over which the rate grows from a tenth to all of lr
+    length:Steps = 100_000         # Where the rate would have decayed to 0 (power .9); the released run stops at 9000
+    ema:Share = .9999              # Decay of the memory model
+    importance:Weight = .2         # Weight of the importance-aware term
+    symmetric:Weight = .04         # Weight of each prototype-symmetric term
+    enhanced:Weight = .5           # Weight of the prototype-enhanced term
+    entropy:Weight = 2.            # Weight of the entropy
+    scales:Some(Scale) = (.5, .625, .375)        # Sizes that vote on the pseudo labels, over the file's; mirror images vote too
+    adapt_bn:Count = 0             # Target images that give the source model new batch-norm statistics first; released: none
+    test_height:Side|None = 512    # Images are resized to this height for the student's segmentations; None: as they are
     window:Window = IAPC_WINDOW    # The three views
     colour:bool = True             # Colour changes on the student's view
-    refresh_height:int = 512       # Size of the images that refresh the batch norm
-    refresh_width:int = 1024       # their width
+    refresh_height:Edge = 512      # Size of the images that refresh the batch norm
+    refresh_width:Edge = 1024      # their width
 
-    def __post_init__(self): _check(self)
+    def agree(self): return _rules(self)
 
 # %% ../nbs/05_methods/03_iapc.ipynb #b1394078
-def _check(cfg):
+def _rules(cfg):
     "Windows that fit the smallest image, before anything is read."
-    if not 1 <= cfg.feature_layer <= 4: raise InputError(f'feature_layer is {cfg.feature_layer}; expected a stage, 1 to 4')
     w = cfg.window
-    if w.pad and not w.base_height: raise InputError('pad is True and base_height 0; the three views have no frame: expected a base size')
+    yield w.base_height or not w.pad, 'window.pad window.base_height', 'a base size: the three views have no frame'
     for side in ('height', 'width'):
-        if (n := getattr(w, f'crop_{side}')) < 1: raise InputError(f'crop_{side} is {n}; expected the size of a window, at least 1')
-        for name,least in (('base', round(getattr(w, f'base_{side}')*w.low)), ('refresh', getattr(cfg, f'refresh_{side}'))):
-            if least and n > least: raise InputError(f'crop_{side} is {n}, but the smallest {name} image has a {side} of {least}')
+        crop,refresh = f'window.crop_{side}',f'refresh_{side}'
+        n,base = getattr(w, f'crop_{side}'),round(getattr(w, f'base_{side}')*w.low)
+        yield n, crop, 'the size of a window, at least 1'
+        yield not base or n <= base, f'{crop} window.base_{side} window.low', f'a window of {base} at most, the smallest scaled image'
+        least = getattr(cfg, refresh)
+        yield not least or n <= least, f'{crop} {refresh}', 'a window that fits the images which refresh the batch norm'
 
 # %% ../nbs/05_methods/03_iapc.ipynb #0d12ea39
 def _fitted(s:Situation):

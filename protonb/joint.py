@@ -6,7 +6,6 @@
 __all__ = ['METHOD', 'step', 'Joint', 'source_stream', 'train_jointly', 'run_settings']
 
 # %% ../nbs/05_methods/08_joint.ipynb #34b97415
-from dataclasses import dataclass
 from typing import Literal
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from .optimization import optimizer_of
 from .processes import cross_entropy, for_processes, held, sum_over
 from .recipes import Situation, crop, part, rule_of
 from .sampling import shuffled_index
+from .settings import checked_dataclass, Count, Decay, Factor, Power, Rate, Steps, Tint, Weight
 from .streams import labelled, paired, rare_first
 from .windows import Window, check_fits
 
@@ -46,21 +46,21 @@ def _learn(net, images, labels, weight, backward, acc):
     return loss.detach()
 
 # %% ../nbs/05_methods/08_joint.ipynb #40c55d82
-@dataclass
+@checked_dataclass
 class Joint:
     "Numbers of joint training; the defaults are usual ones for an ImageNet backbone."
     labels:Literal['few', 'full', 'coarse', 'point'] = 'few'  # Labels of the target
-    weight:float = 1.              # Weight of the target's cross-entropy
+    weight:Weight = 1.             # Weight of the target's cross-entropy
     optimizer:Literal['adamw', 'sgd'] = 'adamw'               # Its rule
-    lr:float = 6e-5                # Learning rate of the backbone
-    head_factor:float = 10.        # The head learns this many times faster
-    momentum:float = .9            # Of SGD
-    weight_decay:float = .01       # L2 penalty on every tensor
-    warm:int = 1500                # Steps until the learning rate is reached
-    length:int = 40_000            # Steps until it would be 0
-    power:float = .9               # Power of the polynomial decay
-    colour:float = .25             # Strength of the colour change of every image, 0..0.5; 0: none
-    rare:float = 0.                # Temperature of rare-class sampling of the source, e.g. 0.1; 0: every image once an epoch
+    lr:Rate = 6e-5                 # Learning rate of the backbone
+    head_factor:Factor = 10.       # The head learns this many times faster
+    momentum:Decay = .9            # Of SGD
+    weight_decay:Weight = .01      # L2 penalty on every tensor
+    warm:Count = 1500              # Steps until the learning rate is reached
+    length:Steps = 40_000          # Steps until it would be 0
+    power:Power = .9               # Power of the polynomial decay
+    colour:Tint = .25              # Strength of the colour change of every image, 0..0.5; 0: none
+    rare:Weight = 0.               # Temperature of rare-class sampling of the source, e.g. 0.1; 0: every image once an epoch
     window:Window = Window(low=.5, high=2., crop_height=512, crop_width=512, flip_p=.5, pad=True)  # Scale, window and flip of all images
 
 # %% ../nbs/05_methods/08_joint.ipynb #29544f33

@@ -6,7 +6,7 @@
 __all__ = ['METHOD', 'teacher_labels', 'strong_colours', 'class_mix', 'step', 'MixTeacher', 'streams_of', 'adapt']
 
 # %% ../nbs/05_methods/09_mixteacher.ipynb #0a15d047
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from .ops import logits_cross_entropy
 from .optimization import optimizer_of
 from .processes import cross_entropy, for_processes, held, mean_over, sum_over
 from .recipes import Situation, memory
+from .settings import checked_dataclass, Count, Decay, Factor, Power, Rate, Share, Steps, Tint, Weight
 from .streams import alternately, few_labelled, labelled, paired, stacked, weakly_labelled
 from .teachers import average_of, update_average
 from .windows import Window, check_fits
@@ -92,26 +93,26 @@ def step(
     return dict(source=source.detach(), mix=mix.detach(), known=known.detach(), sure=(m_w*~mask).sum()/(~mask).sum().clamp(min=1))
 
 # %% ../nbs/05_methods/09_mixteacher.ipynb #1ce1da46
-@dataclass
+@checked_dataclass
 class MixTeacher:
     "Numbers of MixTeacher; the defaults are usual ones for an ImageNet backbone and 40,000 steps."
     labels:Literal['none', 'image', 'point', 'coarse', 'few', 'full'] = 'none'   # What is known of the target
-    alpha:float = .999             # How much of the teacher stays at each step
-    tau:float = .968               # The teacher is sure of a pixel from this confidence on
-    mix:float = 1.                 # Weight of the mixed images
-    weight:float = 1.              # Weight of the pixels of the target that are known
-    share:float = .5               # With `few` and `full`: how many of the labelled images are target images
-    colour:float = .25             # Strength of the colour changes, 0..0.5; 0: none, and no blur
-    style:float = 1.               # How often the labelled images come in the colours of the target's, 0..1
-    rare:float = 0.                # Temperature of rare-class sampling of the source; 0: every image once an epoch
+    alpha:Share = .999             # How much of the teacher stays at each step
+    tau:Share = .968               # The teacher is sure of a pixel from this confidence on
+    mix:Weight = 1.                # Weight of the mixed images
+    weight:Weight = 1.             # Weight of the pixels of the target that are known
+    share:Share = .5               # With `few` and `full`: how many of the labelled images are target images
+    colour:Tint = .25              # Strength of the colour changes, 0..0.5; 0: none, and no blur
+    style:Share = 1.               # How often the labelled images come in the colours of the target's, 0..1
+    rare:Weight = 0.               # Temperature of rare-class sampling of the source; 0: every image once an epoch
     optimizer:Literal['adamw', 'sgd'] = 'adamw'               # Its rule
-    lr:float = 6e-5                # Learning rate of the backbone
-    head_factor:float = 10.        # The head learns this many times faster
-    momentum:float = .9            # Of SGD
-    weight_decay:float = .01       # L2 penalty on every tensor
-    warm:int = 1500                # Steps until the learning rate is reached
-    length:int = 40_000            # Steps until it would be 0
-    power:float = .9               # Power of the polynomial decay
+    lr:Rate = 6e-5                 # Learning rate of the backbone
+    head_factor:Factor = 10.       # The head learns this many times faster
+    momentum:Decay = .9            # Of SGD
+    weight_decay:Weight = .01      # L2 penalty on every tensor
+    warm:Count = 1500              # Steps until the learning rate is reached
+    length:Steps = 40_000          # Steps until it would be 0
+    power:Power = .9               # Power of the polynomial decay
     window:Window = Window(low=.5, high=2., crop_height=512, crop_width=512, flip_p=.5, pad=True)  # Scale, window and flip of all images
 
 # %% ../nbs/05_methods/09_mixteacher.ipynb #d109ee9e

@@ -28,34 +28,36 @@ from .pseudo_labels import PartlyLabelled, Unlabelled
 # %% ../nbs/07_shell/01a_options.ipynb #5a3e3935
 from .recipes import Situation
 from .runs import ADAPTABLE, DIP_NETWORKS, METHODS, NETWORKS, FileOptions, open_file, read_config, start_kind
+from .settings import Seed, Steps, checked_dataclass, Whole
 from .training import Train
 from .weak_labels import WeakLabels, cityscapes_weak
 
 # %% ../nbs/07_shell/01a_options.ipynb #4bf1c774
-@dataclass
+@checked_dataclass
 class WeakOptions:
     "Weak labels of the target."
     weak:Literal['files', 'fine'] = 'files'  # The target's label files are weak already, or fine ones to make weak labels from
     points:Path|None = None                  # Cityscapes: YAML file of points; PNGs in gtPoint2 when left out
 
-@dataclass
+@checked_dataclass
 class FewOptions:
     "A few labelled target images."
-    shots:int = 1            # Labelled target images per city; per folder, or of all, where names begin with none
+    shots:Whole(1) = 1       # Labelled target images per city; per folder, or of all, where names begin with none
     few:str = 'published'    # 'published': PixDA's lists for Cityscapes; 'drawn': so many per group; or a file, one image name a line
 
-@dataclass
+@checked_dataclass
 class SupportOptions:
     "The support set."
     support:str = ''              # Support list: cityscapes_1shot, cityscapes_5shot, bdd100k_5shot, or a text file of image names
-    support_seed:int|None = None  # Without --support: order of the greedy scan; sorted when left out
+    support_seed:Seed|None = None  # Without --support: order of the greedy scan; sorted when left out
     allow_missing:bool = False    # Go on when a class has no support image; it is never predicted
     follow:Literal['clean', 'gta5', 'synthia', 'cityscapes', 'bdd100k'] = 'clean'  # Released habits of this source; options win
 
-@dataclass
+# %% ../nbs/07_shell/01a_options.ipynb #1898ba01
+@checked_dataclass
 class AnyOptions:
     "Which labels of the target, where a method takes any."
-    shots:int = 1            # With --labels few: labelled target images per city; per folder, or of all, where names begin with none
+    shots:Whole(1) = 1       # With --labels few: labelled target images per city; per folder, or of all, where names begin with none
     few:str = 'published'    # 'published': PixDA's lists for Cityscapes; 'drawn': so many per group; or a file, one image name a line
     weak:Literal['files', 'fine'] = 'files'  # The target's label files are weak already, or fine ones to make weak labels from
     points:Path|None = None                  # Cityscapes: YAML file of points; PNGs in gtPoint2 when left out
@@ -109,7 +111,6 @@ def _as_weak(data, kind):
 # %% ../nbs/07_shell/01a_options.ipynb #63d8d0d2
 def _few(o, space):
     data,few = open_dataset(o.target, 'train', space),o.data.few
-    if o.data.shots < 1: raise InputError(f'--shots is {o.data.shots}, expected at least 1 image per group')
     if few == 'drawn': return take(data, draw_shots(data.names, o.data.shots, o.train.seed, group_of(data.names)))
     if few != 'published' and not Path(few).is_file(): raise InputError(f"--few {few!r} is neither a file nor 'published' or 'drawn'")
     names = pixda_list(o.data.shots) if few == 'published' else names_in(few)
@@ -230,7 +231,7 @@ def _several(m):
     names = [name for name,_ in m.stages]
     if len(names) == 1: return
     yield _option('until', Literal[tuple(names)], 'Last stage of this call', names[-1])
-    yield _option('stage_steps', tuple[tuple[Literal[tuple(names)], int], ...], 'Steps of single stages, as in: bpl 2000 pst 4000', ())
+    yield _option('stage_steps', tuple[tuple[Literal[tuple(names)], Steps], ...], 'Steps of single stages, as in: bpl 2000 pst 4000', ())
     if m.source == 'labelled':
         yield _option('begin', Literal['published', 'before', 'fresh'], 'Where stages begin that may choose: as published, with the '
                       'weights of the stage before (what the recipe fitted does), or as the run began', 'published')

@@ -6,7 +6,7 @@
 __all__ = ['DEMO', 'sampled_features', 'make_report', 'Demo', 'demo_data', 'demo', 'write_seeds']
 
 # %% ../nbs/07_shell/01b_pages.ipynb #ab5481d9
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 import torch
 from . import dip, source_only
@@ -19,6 +19,7 @@ from .pooling import labels_on_grid
 from .prototypes import greedy_support, require_all_classes
 from .report import write_report
 from .runs import METHODS, build_net, device_of, go_on, open_run, read_config, ready, save_scores, space_to_dict, start_from
+from .settings import Steps, checked_dataclass, Whole
 from .source_only import SourceOnly
 from .streets import REAL, SYNTHETIC, Streets
 from .training import Train, accelerator_for, read_metrics, versions
@@ -78,16 +79,19 @@ def make_report(
     print(f'report: {path}')
 
 # %% ../nbs/07_shell/01b_pages.ipynb #a5aefeb9
-@dataclass
+@checked_dataclass
 class Demo:
     "Train source-only and DIP on procedural streets and write report.html."
     out:Path = Path('demo')   # Folder for everything
-    seeds:int = 1             # Repeat with seeds 0..N-1 and print mean and spread
-    start:int = 600           # Steps of the common start on the source
-    steps:int = 700           # Steps of each method from there
+    seeds:Whole(1, 1000) = 1  # Repeat with seeds 0..N-1 and print mean and spread
+    start:Steps = 600         # Steps of the common start on the source
+    steps:Steps = 700         # Steps of each method from there
     oracle:bool = False       # Also train on all labelled target images: the upper end of the scale
-    height:int = 97           # Height of a scene in pixels, 8n+1
-    width:int = 193           # Width of a scene in pixels, 8n+1
+    height:Whole(33, 2049) = 97  # Height of a scene in pixels, 8n+1
+    width:Whole(33, 2049) = 193  # Width of a scene in pixels, 8n+1
+
+    def agree(self):
+        for side in ('height', 'width'): yield getattr(self, side)%8 == 1, side, '8n+1 pixels, for example 97 or 193'
 
 # Images of each kind, images a step, learning rate, shots. The start is far weaker than ImageNet's, so the labelled target images have
 # more to teach: their own loss counts as much as the query's (released code: 0.2).

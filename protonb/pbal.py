@@ -7,7 +7,7 @@ __all__ = ['METHOD', 'alignment', 'prototype_contrast_term', 'projection_head', 
            'pbal_optimizer', 'bpl', 'warm_up', 'make_pseudo', 'pst', 'WarmUp', 'BPL', 'PST', 'PBAL']
 
 # %% ../nbs/05_methods/04_pbal.ipynb #5fcd0955
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -24,6 +24,7 @@ from .optimization import optimizer_of
 from .pseudo_labels import HardLabels, Unlabelled, classwise_thresholds, read_histogram, write_labels
 from .recipes import Situation, learning_rate
 from .processes import cross_entropy, for_processes, mean_over, sum_over, wait_long
+from .settings import Channels, Decay, Factor, Power, Rate, Share, Steps, Weight, checked_dataclass, Whole
 from .streams import feed, labelled, paired, stage_seed, unlabelled
 from .teachers import without_gradient
 from .training import Train, accelerator_for, bare, fit
@@ -225,52 +226,52 @@ def pst(
                accelerator=acc, progress=progress)
 
 # %% ../nbs/05_methods/04_pbal.ipynb #56c25ace
-@dataclass
+@checked_dataclass
 class WarmUp:
     "The start: source labels and an adversary, no prototypes yet (the released code has no script for it)."
-    lr:float = 2.5e-4             # Learning rate of the backbone
-    head_factor:float = 10.       # ASPP and decoder learn this many times faster
-    momentum:float = .9           # SGD momentum
-    weight_decay:float = 2e-4     # L2 penalty on every tensor, batch norm and biases included
-    power:float = .9              # Power of the polynomial decay
-    max_iter:int = 90_000         # Updates until the rate would be 0; the released run ends after 59,999
-    adversarial:float = .01       # Weight of fooling the discriminator; 0: none is trained
-    align:float = 0.              # Weight of both alignment losses
-    lr_disc:float = 1e-4          # Learning rate of the discriminator (Adam, betas .9 and .99)
-    disc_width:int = 64           # Channels of its first convolution
+    lr:Rate = 2.5e-4              # Learning rate of the backbone
+    head_factor:Factor = 10.      # ASPP and decoder learn this many times faster
+    momentum:Decay = .9           # SGD momentum
+    weight_decay:Weight = 2e-4    # L2 penalty on every tensor, batch norm and biases included
+    power:Power = .9              # Power of the polynomial decay
+    max_iter:Steps = 90_000       # Updates until the rate would be 0; the released run ends after 59,999
+    adversarial:Weight = .01      # Weight of fooling the discriminator; 0: none is trained
+    align:Weight = 0.             # Weight of both alignment losses
+    lr_disc:Rate = 1e-4           # Learning rate of the discriminator (Adam, betas .9 and .99)
+    disc_width:Channels = 64      # Channels of its first convolution
     window:Window = PBAL_WINDOW   # Scale, window and flip of all images
 
 # %% ../nbs/05_methods/04_pbal.ipynb #a81b6dd0
-@dataclass
+@checked_dataclass
 class BPL(WarmUp):
     "Stage 1, bidirectional prototype learning: the warm-up and the alignment."
-    lr:float = 1e-4               # Learning rate of the backbone
-    align:float = .1              # Weight of both alignment losses
+    lr:Rate = 1e-4                # Learning rate of the backbone
+    align:Weight = .1             # Weight of both alignment losses
 
 # %% ../nbs/05_methods/04_pbal.ipynb #39d3d134
-@dataclass
+@checked_dataclass
 class PST:
     "Stage 2, prototypical self-training: hard pseudo labels, a fresh network, a contrast with the prototypes."
-    lr:float = 2.5e-4             # Learning rate of the backbone
-    head_factor:float = 10.       # ASPP and decoder learn this many times faster
-    momentum:float = .9           # SGD momentum
-    weight_decay:float = 2e-4     # L2 penalty on every tensor
-    power:float = .9              # Power of the polynomial decay
-    max_iter:int = 90_000         # Updates until the rate would be 0
-    contrast:float = 1.           # Weight of the contrast terms of both domains
-    tau:float = .07               # Temperature of the contrast
+    lr:Rate = 2.5e-4              # Learning rate of the backbone
+    head_factor:Factor = 10.      # ASPP and decoder learn this many times faster
+    momentum:Decay = .9           # SGD momentum
+    weight_decay:Weight = 2e-4    # L2 penalty on every tensor
+    power:Power = .9              # Power of the polynomial decay
+    max_iter:Steps = 90_000       # Updates until the rate would be 0
+    contrast:Weight = 1.          # Weight of the contrast terms of both domains
+    tau:Factor = .07              # Temperature of the contrast
     reduction:Literal['all', 'valid'] = 'all'  # Its sum is divided by all pixels, or by those with a label
     detach_proto_pst:bool = False # Keep the contrast from moving the prototypes, as the paper's figure has it
-    proj_head:int = 0             # Channels of a projection head before the contrast, as in the figure; 0: none
+    proj_head:Whole(0, 4096) = 0  # Channels of a projection head before the contrast, as in the figure; 0: none
     legacy_unnormalised_target:bool = False  # Feed target images as 0..1 without mean and deviation, as the released loader
-    quantile:float = .5           # A class's threshold is this quantile of its confidences ...
-    cap:float = .9                # ... but not higher than this
-    fixed:float|None = None       # One threshold for all classes instead, 0.95 in ProDA
+    quantile:Share = .5           # A class's threshold is this quantile of its confidences ...
+    cap:Share = .9                # ... but not higher than this
+    fixed:Share|None = None       # One threshold for all classes instead, 0.95 in ProDA
     flip:bool = False             # Average over the mirrored image when pseudo labels are made
     window:Window = PBAL_WINDOW   # Scale, window and flip of all images
 
 # %% ../nbs/05_methods/04_pbal.ipynb #e902da18
-@dataclass
+@checked_dataclass
 class PBAL:
     "Settings of all stages."
     warm_up:WarmUp = field(default_factory=WarmUp)   # Source labels and an adversary

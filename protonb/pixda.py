@@ -9,7 +9,7 @@ __all__ = ['METHOD', 'focal_loss', 'balance_map', 'pixadv_loss', 'discriminator_
 
 # %% ../nbs/05_methods/07_pixda.ipynb #e2bd103b
 import json, warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Literal
 import torch
@@ -32,6 +32,7 @@ from .optimization import first_by_itself, make_optimizer, parameter_groups, pol
 from .pixel_losses import shared_forward
 from .recipes import Situation, learning_rate, part, size
 from .processes import for_processes, in_groups, mean_over, sum_over, wait_long
+from .settings import Channels, Count, Decay, Factor, Ids, Power, Rate, Share, Steps, Weight, checked_dataclass, Real, Whole
 from .streams import feed, few_labelled, labelled, paired, stacked
 from .teachers import frozen
 from .training import Train, accelerator_for, bare
@@ -95,13 +96,13 @@ def distillation(
     return -((alpha*old).softmax(1)*logp).mean()
 
 # %% ../nbs/05_methods/07_pixda.ipynb #3ecf3695
-@dataclass
+@checked_dataclass
 class Focal:
     "Numbers of the focal loss."
-    gamma:float = 2.              # How fast pixels that are right already fade out
-    alpha:float = .75             # Weight of a class
-    alpha_building:float = .25    # Weight of one class alone ...
-    building:int|None|str = 'building'  # ... this one, by train id or name; None, or a name that no class has: all are alike
+    gamma:Power = 2.              # How fast pixels that are right already fade out
+    alpha:Weight = .75            # Weight of a class
+    alpha_building:Weight = .25   # Weight of one class alone ...
+    building:Ids|None|str = 'building'  # ... this one, by train id or name; None, or a name that no class has: all are alike
 
     def among(self, classes):     # Names of the classes -> Focal
         "The same with a train id for the name."
@@ -120,30 +121,37 @@ class Focal:
         if isinstance(at, str): at = next((c.index(at) for c in known), None)
         return torch.tensor([self.alpha_building if k == at else self.alpha for k in range(num_classes)], device=device)
 
+# %% ../nbs/05_methods/07_pixda.ipynb #f090b312
+class _Halved:
+    "Rules of the settings below."
+    def agree(self):
+        for k in ('base_height', 'base_width'):
+            yield (n := getattr(self.window, k)) == 0 or n >= 32, f'window.{k}', 'at least 32 pixels: the discriminator halves them five times'
+
 # %% ../nbs/05_methods/07_pixda.ipynb #0a6d45c4
-@dataclass
-class PixDA:
+@checked_dataclass
+class PixDA(_Halved):
     "Hyper-parameters of PixDA; the defaults are the effective values of the released code for batches of 4."
-    lr:float = 1e-3               # Learning rate of the backbone
-    head_factor:float = 10.       # The head learns this many times faster
-    momentum:float = .9           # SGD momentum
-    weight_decay:float = 5e-4     # L2 penalty of the segmenter
+    lr:Rate = 1e-3                # Learning rate of the backbone
+    head_factor:Factor = 10.      # The head learns this many times faster
+    momentum:Decay = .9           # SGD momentum
+    weight_decay:Weight = 5e-4    # L2 penalty of the segmenter
     repeats:Literal['released', 'one'] = 'released'  # Updates a step and tensor: as often as the released list held it, or once
-    lr_disc:float = 4e-4          # Learning rate of both discriminators (Adam, betas .9 and .99)
-    disc_width:int = 64           # Channels of their first convolution
-    length:int = 62_500           # Steps until all rates would be 0; the released run stops at 30,000
-    power:float = .9              # Power of that decay
+    lr_disc:Rate = 4e-4           # Learning rate of both discriminators (Adam, betas .9 and .99)
+    disc_width:Channels = 64      # Channels of their first convolution
+    length:Steps = 62_500         # Steps until all rates would be 0; the released run stops at 30,000
+    power:Power = .9              # Power of that decay
     loss:Literal['focal', 'ce'] = 'focal'  # Loss of labelled pixels
     focal:Focal = field(default_factory=Focal)  # Its numbers
-    adversarial:float = .1        # Weight of the pixel-wise adversarial loss
+    adversarial:Weight = .1       # Weight of the pixel-wise adversarial loss
     detach_shift:bool = False     # Keep its map of mistakes out of the gradient, as the paper has it
-    beta:float|None = .01         # Half-width of the swapped window of frequencies, over the shorter side; None: no swap
-    bn_group:int|None = 2         # Images that share batch-norm statistics; None: all images of a step and domain
-    threshold:float = .4          # First selection: an image stays when its realness is above this
-    threshold_step:float = .4     # So much is added after each selection
-    kd:float = .5                 # Distillation: weight
-    kd_alpha:float = .5           # Distillation: factor on the teacher's logits
-    kd_steps:int = 200            # Distillation: steps
+    beta:Real(0, .5)|None = .01   # Half-width of the swapped window of frequencies, over the shorter side; None: no swap
+    bn_group:Whole(1)|None = 2    # Images that share batch-norm statistics; None: all images of a step and domain
+    threshold:Share = .4          # First selection: an image stays when its realness is above this
+    threshold_step:Share = .4     # So much is added after each selection
+    kd:Weight = .5                # Distillation: weight
+    kd_alpha:Weight = .5          # Distillation: factor on the teacher's logits
+    kd_steps:Count = 200          # Distillation: steps
     teacher_eval:bool = False     # Distillation: teacher with stored batch-norm statistics instead of the batch's
     window:Window = PIXDA_WINDOW  # What is seen of an image: all of it, at one size
 
@@ -287,7 +295,10 @@ def select(
         if acc is None or acc.is_main_process:
             with atomic_path(path) as scratch: scratch.write_text(json.dumps(found, indent=0))
         if acc: wait_long(acc)
-    return json.loads(path.read_text())['kept']
+    try: stay = json.loads(path.read_text())['kept']
+    except (OSError, ValueError, TypeError, KeyError): stay = None
+    if isinstance(stay, list) and set(map(str, stay)) <= set(kept or stay): return stay
+    raise InputError(f'{path}: damaged, expected names of images of the source; delete it, and they are chosen anew')
 
 # %% ../nbs/05_methods/07_pixda.ipynb #de3b9724
 def distillation_step(

@@ -9,7 +9,7 @@ __all__ = ['FAR', 'METHOD', 'distances', 'prototype_weights', 'rectify', 'consis
            'AdversarialWarmUp', 'Denoise', 'ProDA']
 
 # %% ../nbs/05_methods/05_proda.ipynb #760690c2
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from functools import partial
 from pathlib import Path
 import torch
@@ -36,6 +36,7 @@ from .pseudo_labels import SoftLabels, write_soft
 from .recipes import Situation, learning_rate, memory
 from .resnet import freeze_affine
 from .processes import cross_entropy, held, mean_over, sum_over, wait_long
+from .settings import Count, Decay, Factor, Power, Rate, Share, Steps, Weight, checked_dataclass, Whole
 from .streams import feed, labelled, paired, softly_labelled, stacked, stage_seed, strongly, unlabelled
 from .teachers import PrototypeBank, average_of, update_average, without_gradient
 from .training import Train, accelerator_for, bare, fit
@@ -357,19 +358,19 @@ def soft_labels(
     return SoftLabels(target, soft), load_prototypes(first, target.space)
 
 # %% ../nbs/05_methods/05_proda.ipynb #df5c0310
-@dataclass
+@checked_dataclass
 class AdversarialWarmUp:
     "Adversarial warm-up; the defaults are the authors' settings."
-    lr:float = 2.5e-4            # Learning rate of the backbone
-    head_factor:float = 10.      # The head's is so much larger
-    momentum:float = .9          # SGD momentum
-    weight_decay:float = 2e-4    # SGD weight decay, on every tensor
-    power:float = .9             # Power of the decay
-    length:int = 90_000          # Steps after which the rate would be 0
-    adversarial:float = .01      # Weight of the adversarial loss
+    lr:Rate = 2.5e-4             # Learning rate of the backbone
+    head_factor:Factor = 10.     # The head's is so much larger
+    momentum:Decay = .9          # SGD momentum
+    weight_decay:Weight = 2e-4   # SGD weight decay, on every tensor
+    power:Power = .9             # Power of the decay
+    length:Steps = 90_000        # Steps after which the rate would be 0
+    adversarial:Weight = .01     # Weight of the adversarial loss
     bce:bool = False             # Binary cross-entropy instead of least squares
-    lr_d:float = 1e-4            # Adam of the discriminator
-    betas:tuple[float, ...] = (.9, .99)  # Its averages
+    lr_d:Rate = 1e-4             # Adam of the discriminator
+    betas:tuple[Decay, Decay] = (.9, .99)  # Its averages
     freeze_bn:bool = True        # Batch norms stay as loaded
     strong_source:bool = False   # Strong source images, cross-entropy at the size of the logits
     legacy_dup:bool = False      # Update backbone tensors 3 or 4 times a step, as the released lists do
@@ -378,33 +379,33 @@ class AdversarialWarmUp:
     window:Window = PRODA_WINDOW # Scale, window and flip of all images
 
 # %% ../nbs/05_methods/05_proda.ipynb #a991223e
-@dataclass
+@checked_dataclass
 class Denoise:
     "Stage 1; the defaults are the effective values of the released GTA5 run (SYNTHIA: regular=0)."
-    lr:float = 1e-4              # Learning rate of everything
-    head_factor:float = 1.       # One group
-    momentum:float = .9          # SGD momentum
-    weight_decay:float = 2e-4    # SGD weight decay, on every tensor
-    power:float = .9             # Power of the decay
-    length:int = 90_000          # Steps after which the rate would be 0
-    alpha:float = .1             # Weight of the cross-entropy with the rectified labels
-    beta:float = 1.              # Weight of the reverse cross-entropy
-    regular:float = .1           # Weight of the regulariser
+    lr:Rate = 1e-4               # Learning rate of everything
+    head_factor:Factor = 1.      # One group
+    momentum:Decay = .9          # SGD momentum
+    weight_decay:Weight = 2e-4   # SGD weight decay, on every tensor
+    power:Power = .9             # Power of the decay
+    length:Steps = 90_000        # Steps after which the rate would be 0
+    alpha:Weight = .1            # Weight of the cross-entropy with the rectified labels
+    beta:Weight = 1.             # Weight of the reverse cross-entropy
+    regular:Weight = .1          # Weight of the regulariser
     entropy:bool = False         # MRENT instead of MRKLD
-    consistency:float = 10.      # Weight of the consistency of prototype assignments
-    temperature:float = 1.       # Of prototype assignments: multiplies distances
-    threshold:float = 0.         # Rectified labels with less confidence are ignored
-    proto_momentum:float = .9999 # What stays of a prototype per image
-    min_pixels:int = 10          # Predicted pixels that make a class count in an image
-    ema:float = .999             # What stays of the averaged network per step
+    consistency:Weight = 10.     # Weight of the consistency of prototype assignments
+    temperature:Factor = 1.      # Of prototype assignments: multiplies distances
+    threshold:Share = 0.         # Rectified labels with less confidence are ignored
+    proto_momentum:Share = .9999  # What stays of a prototype per image
+    min_pixels:Count = 10        # Predicted pixels that make a class count in an image
+    ema:Share = .999             # What stays of the averaged network per step
     ema_eval:bool = False        # Eval mode for the averaged network; released: train mode, with dropout and batch statistics
     legacy_warp:bool = False     # The released label warp
     mean_std:bool = False        # Images by ImageNet's mean and deviation instead of x/255
-    shrink:int = 4               # Image size over the size of the maps on which all this is done
+    shrink:Whole(1, 64) = 4      # Image size over the size of the maps on which all this is done
     window:Window = PRODA_WINDOW # Scale, window and flip of all images
 
 # %% ../nbs/05_methods/05_proda.ipynb #d3b91560
-@dataclass
+@checked_dataclass
 class ProDA:
     "Settings of the four stages."
     warm_up:AdversarialWarmUp = field(default_factory=AdversarialWarmUp)   # Adversarial start

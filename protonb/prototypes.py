@@ -164,6 +164,9 @@ def load_prototypes(
         if not {'matrix', 'counts'} <= set(state) or 'classes' not in meta:
             raise InputError(f'{path}: holds {", ".join(list(state)[:3])}, but a prototype file has matrix, counts and class names')
         p = Prototypes(state['matrix'], state['counts'], tuple(meta.pop('classes')), meta)
+        K,shapes = len(p.classes),[tuple(state[k].shape) for k in ('matrix', 'counts')]
+        if len(shapes[0]) != 2 or shapes[0][0] != K or shapes[1] != (K,) or not p.matrix.isfinite().all():
+            raise InputError(f'{path}: damaged, matrix {shapes[0]} and counts {shapes[1]}; expected ({K},C) and ({K},), all finite')
     else: p = bare_prototypes(path, space)
     if space and tuple(space.classes) != p.classes:
         raise InputError(f'{path}: prototypes of {len(p.classes)} classes ({", ".join(p.classes[:3])}, ...), '

@@ -257,9 +257,10 @@ def _read_json(path, keys, what):
     "A small JSON file that must have certain keys."
     try: d = json.loads(Path(path).read_text())
     except FileNotFoundError: raise InputError(f'{path}: no such file, expected {what}') from None
-    except (OSError, ValueError) as e: raise InputError(f'{path}: is damaged ({e}), expected {what}') from e
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f'{path}: is damaged ({e}), expected {what}; delete it, and it is made anew') from e
     lost = [k for k in keys if not isinstance(d, dict) or k not in d]
-    if lost: raise InputError(f'{path}: has no {lost[0]!r}, expected {what}')
+    if lost: raise InputError(f'{path}: has no {lost[0]!r}, expected {what}; delete it, and it is made anew')
     return d
 
 def _save_json(path, d): _save(path, lambda p: p.write_text(json.dumps(d, separators=(',', ':'))))
@@ -291,6 +292,9 @@ def read_histogram(
     "The counts of a folder of pseudo labels."
     path = Path(folder)/'histogram.json'
     d = _read_json(path, _HIST_KEYS, _HIST_WHAT)
+    right = isinstance(d['classes'], list) and type(d['bins']) is int and 0 < d['bins'] <= 10**6 and isinstance(d['names'], list)
+    if not right or not isinstance(d['counts'], list) or not all(isinstance(n, str) for n in d['names']):
+        raise InputError(f'{path}: is damaged, expected {_HIST_WHAT}; delete it, and it is made anew')
     return _dense(Histogram(len(d['classes']), d['bins']), d['counts'], path)
 
 # %% ../nbs/04_learning/06_pseudo_labels.ipynb #da3325f2
@@ -326,8 +330,8 @@ def _fold(ledger):
     for path in ledger.new:
         name = path.relative_to(ledger.notes).as_posix()[:-4]
         if name in ledger.names or not _finished(ledger.path.parent, name): continue
-        where, n = torch.from_numpy(np.load(path))
-        ledger.hist.counts.view(-1).index_add_(0, where, n)
+        try: ledger.hist.counts.view(-1).index_add_(0, *torch.from_numpy(np.load(path)))
+        except (OSError, ValueError, EOFError, RuntimeError, IndexError, TypeError): continue     # damaged: the image is labelled again
         ledger.names[name] = None
     if ledger.new: ledger.save()
     for path in ledger.new: path.unlink()

@@ -9,7 +9,7 @@ __all__ = ['DIP_NETWORKS', 'ADAPTABLE', 'NETWORKS', 'METHODS', 'USUAL_SPACES', '
            'ready', 'look_name', 'mark_of', 'score']
 
 # %% ../nbs/07_shell/01_runs.ipynb #2bdba535
-import hashlib, inspect, json
+import contextlib, hashlib, inspect, json, signal, threading
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,12 +21,13 @@ from .dip_net import dip_head_version, dip_mobilenetv2, dip_resnet101, dip_small
 from .datasets import open_dataset, require_labels
 from .efficientnet import LITE_NETWORKS, imagenet_file
 from .evaluation import Scores, evaluate
+from .folders import read_stages
 from .feeding import Feed, TestTime, at_test_time, feed_of_old, network_input, resampled, segmenter
 from .labels import CAMVID, CITYSCAPES, CITYSCAPES13, CITYSCAPES16, ClassSpace
 from .prototypes import load_prototypes
 from .teachers import adapt_statistics
-from .training import latest_checkpoint, load_checkpoint, seed_everything
-from .weights import read_file, state_id
+from .training import Diverged, changes, checkpoint_info, newest_states, seed_everything
+from .weights import first_of, read_file, state_id, unusable
 
 # %% ../nbs/07_shell/01_runs.ipynb #f4dc290d
 DIP_NETWORKS = dict(dip_resnet101=dip_resnet101, dip_vgg16=dip_vgg16, dip_mobilenetv2=dip_mobilenetv2, dip_small=dip_small)
@@ -123,15 +124,30 @@ def read_config(
     stage=None,  # Stage to read; the newest when left out
 )->tuple:        # stage name, its entry of config.json
     "A stage of a run and its settings."
-    path = Path(run_dir)/'config.json'
-    if not path.exists(): raise InputError(f'{run_dir}: not a run folder, it has no config.json; give the --out folder of `protonb train`')
-    try: stages = json.loads(path.read_text())
-    except ValueError as e: raise InputError(f'{path}: not readable as JSON ({e})') from e
-    stage = stage or (list(stages)[-1] if stages else None)
+    path,stages = Path(run_dir)/'config.json',read_stages(run_dir)
+    if not stages: raise InputError(f'{run_dir}: not a run folder, it has no config.json; give the --out folder of `protonb train`')
+    stage = stage or list(stages)[-1]
     if stage not in stages: raise InputError(f'{path}: has no stage {stage!r}; it holds {", ".join(stages) or "none"}')
     net = (stages[stage].get('config') or {}).get('net')
     if net not in NETWORKS: raise InputError(f'{path}: its network is {net!r}; expected one of {", ".join(NETWORKS)}')
     return stage, stages[stage]
+
+# %% ../nbs/07_shell/01_runs.ipynb #de332bfb
+def require_same(run_dir, meta, path):
+    "The config of a run, if it says what the checkpoint says: a damaged config.json would build another network, or feed it otherwise."
+    info = checkpoint_info(path)
+    if differ := changes(meta, info) if 'config' in info else ():       # one that was made by hand has no settings
+        raise InputError(f'{Path(run_dir, "config.json")}: is not that of the checkpoint ({", ".join(differ)[:300]}); '
+                         f'{path}/checkpoint.json has the settings that it was made with')
+    return meta['config']
+
+def fill_whole(net, state, path):
+    "Load the weights of a checkpoint, or say what is wrong with them."
+    try: net.load_state_dict(state)
+    except (RuntimeError, AttributeError) as e:
+        raise InputError(f'{path}: its part net does not fit ({" ".join(str(e).split())[:300]})') from e
+    bad = unusable(net.state_dict(), net.state_dict())
+    if bad: raise InputError(f'{path}: its part net is not usable, {first_of(bad, what="tensor")}')
 
 # %% ../nbs/07_shell/01_runs.ipynb #3c0372c9
 def open_run(
@@ -143,12 +159,13 @@ def open_run(
     "Load network, classes and prototypes of a run from its newest whole checkpoint."
     run_dir = Path(run_dir)
     stage,meta = read_config(run_dir, stage)
-    config,path = meta['config'],latest_checkpoint(run_dir, stage)
-    if path is None: raise InputError(f'{run_dir}: holds no checkpoint yet; train it first')
+    if not (found := newest_states(run_dir, stage, ['net'])): raise InputError(f'{run_dir}: holds no checkpoint yet; train it first')
+    step,path,states = found
+    config = require_same(run_dir, meta, path)
     space,m = space_from_dict(config['space']),METHODS.get(config.get('method'))
     bare = m.networks == 'features' if m else stage == 'dip'              # a network without a classifier
     net = NETWORKS[config['net']](num_classes=None if bare else space.num_classes, **config.get('options', {}))
-    step = load_checkpoint(path, dict(net=net))['step']
+    fill_whole(net, states['net'], path)
     feed = Feed.from_dict(config['feed']) if 'feed' in config else feed_of_old(stage, config)
     run = Run(run_dir, stage, config, step, space, net.to(device).eval(), feed, None, None)
     if bare: use_prototypes(run, prototypes or run_dir/'prototypes.safetensors')
@@ -268,6 +285,17 @@ def open_any(
     if said: raise InputError(f'{path}: is the folder of a run, which knows its network; {", ".join(said)} is for a bare weight file')
     return open_run(path, device, options.prototypes)
 
+# %% ../nbs/07_shell/01_runs.ipynb #a3b8f3c1
+def _spoiled(run_dir, e): return InputError(f'{Path(run_dir, "scores.json")}: damaged ({e}); delete it, and score again')
+
+def _scores(run_dir):
+    "What scores.json holds, {} where there is none."
+    try: every = json.loads(Path(run_dir, 'scores.json').read_text())
+    except FileNotFoundError: return {}
+    except (ValueError, OSError) as e: raise _spoiled(run_dir, e) from e
+    if not isinstance(every, dict) or not all(isinstance(d, dict) for d in every.values()): raise _spoiled(run_dir, 'no scores by data set')
+    return every
+
 # %% ../nbs/07_shell/01_runs.ipynb #edc3f7c0
 def save_scores(
     run_dir,        # Folder of a run
@@ -276,8 +304,7 @@ def save_scores(
     run:Run=None,   # What was scored: its stage, step and weights are kept beside the scores
 ):
     "Add an evaluation to scores.json."
-    path = Path(run_dir)/'scores.json'
-    every = json.loads(path.read_text()) if path.exists() else {}
+    path,every = Path(run_dir)/'scores.json',_scores(run_dir)
     every[data] = scores.to_dict() | (dict(of=dict(stage=run.method, step=run.step, weights=run.id)) if run else {})
     with atomic_path(path) as p: p.write_text(json.dumps(every, indent=1))
 
@@ -287,11 +314,11 @@ def read_scores(
     run:Run=None,  # Only scores of these very weights: those of an earlier step or stage are left out
 )->dict:           # data -> Scores, in the order in which they were written
     "The evaluations of a run."
-    path = Path(run_dir)/'scores.json'
-    if not path.exists(): return {}
+    if not (every := _scores(run_dir)): return {}
     space = space_from_dict(read_config(run_dir)[1]['config']['space'])
-    return {k: Scores.from_dict(d, space) for k,d in json.loads(path.read_text()).items()
-            if run is None or d.get('of', {}).get('weights') == run.id}
+    mine = {k: d for k,d in every.items() if run is None or d.get('of', {}).get('weights') == run.id}
+    try: return {k: Scores.from_dict(d, space) for k,d in mine.items()}
+    except (ValueError, TypeError, KeyError, RuntimeError) as e: raise _spoiled(run_dir, e) from e
 
 # %% ../nbs/07_shell/01_runs.ipynb #5c07ed01
 class Stopped(Exception):
@@ -301,7 +328,8 @@ def go_on(
     done:dict,  # What training returned
 ):
     "Pass on a finished run, end the command for a stopped one."
-    if not done['finished']: raise Stopped(f'stopped at step {done["step"]} with a checkpoint; the same command goes on from there')
+    if done['finished'] and not done.get('stopped'): return
+    raise Stopped(f'stopped at step {done["step"]} with a checkpoint; the same command goes on from there')
 
 def device_of(run): return next(run.net.parameters()).device   # where an opened run lives
 
@@ -322,6 +350,29 @@ def _adapt(run, spec):
     see = lambda x: network_input(run.net, resampled(x, run.segment.base(x.shape[2:])), run.feed.input)
     adapt_statistics(run.net, open_dataset(spec, 'train', labelled=False), inputs=see)
     run.adapted = spec
+
+# %% ../nbs/07_shell/01_runs.ipynb #5fa513a3
+def last_line(
+    e:BaseException,  # What ended a command
+)->tuple:             # The line to be printed, or None for a bug, and the exit code
+    "All that is no bug ends in one line: a mistake, a run that diverged, a disk that is full, an interrupt."
+    if isinstance(e, Stopped): return str(e), 130
+    if isinstance(e, KeyboardInterrupt): return 'protonb: stopped; the same command goes on from the last checkpoint', 130
+    if isinstance(e, (InputError, Diverged)): return f'protonb: {" ".join(str(e).split())}', 2
+    if isinstance(e, OSError):            # a full disk, a folder that is gone, a path that is too long
+        where = f'{e.filename}: ' if e.filename is not None else ''
+        return f'protonb: {where}{e.strerror or e}; expected a path that can be used, the same command goes on when that is put right', 2
+    return None, 1
+
+@contextlib.contextmanager
+def terminated():
+    "SIGTERM ends a command as Ctrl-C does."
+    def stop(*_): raise KeyboardInterrupt
+    here = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if here else None
+    try: yield
+    finally:
+        if here: signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 # %% ../nbs/07_shell/01_runs.ipynb #5c07ed03
 def look_name(

@@ -6,7 +6,7 @@
 __all__ = ['METHOD', 'upsampled_cross_entropy', 'step', 'SourceOnly', 'train']
 
 # %% ../nbs/05_methods/01_source_only.ipynb #88f2421c
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import Literal
 import torch
@@ -18,6 +18,7 @@ from .methods import Method, notes, run_of
 from .mixing import jitter_of
 from .optimization import optimizer_of
 from .recipes import Situation, crop, part, rule_of
+from .settings import checked_dataclass, Count, Decay, Factor, Power, Rate, Tint, Weight
 from .streams import feed, labelled, rare_first
 from .training import Train, accelerator_for, fit
 from .transforms import Augment
@@ -50,18 +51,18 @@ def step(
     return dict(loss=loss.detach())
 
 # %% ../nbs/05_methods/01_source_only.ipynb #c3a14df4
-@dataclass
+@checked_dataclass
 class SourceOnly:
     "Hyper-parameters of source-only training (DIP's baseline: same network, plain cross-entropy)."
-    lr:float = 0.01                # Learning rate of the backbone
+    lr:Rate = 0.01                 # Learning rate of the backbone
     optimizer:Literal['sgd', 'adamw'] = 'sgd'   # Its rule
-    head_factor:float = 1.         # The head learns this many times faster
-    momentum:float = 0.9           # SGD momentum
-    weight_decay:float = 1e-4      # L2 penalty on every tensor
-    warm:int = 0                   # Steps until the learning rate is reached
-    power:float = 0.9              # Power of the polynomial decay to 0
-    colour:float = 0.              # Strength of the colour change of every image, 0..0.5
-    rare:float = 0.                # Temperature of rare-class sampling, e.g. 0.1; 0: every image once an epoch
+    head_factor:Factor = 1.        # The head learns this many times faster
+    momentum:Decay = 0.9           # SGD momentum
+    weight_decay:Weight = 1e-4     # L2 penalty on every tensor
+    warm:Count = 0                 # Steps until the learning rate is reached
+    power:Power = 0.9              # Power of the polynomial decay to 0
+    colour:Tint = 0.               # Strength of the colour change of every image, 0..0.5
+    rare:Weight = 0.               # Temperature of rare-class sampling, e.g. 0.1; 0: every image once an epoch
     augment:Augment = field(default_factory=Augment)  # Crop and augmentation of the training images
 
 # %% ../nbs/05_methods/01_source_only.ipynb #57b09ad2

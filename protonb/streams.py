@@ -7,6 +7,7 @@ __all__ = ['labelled', 'unlabelled', 'rare_first', 'few_labelled', 'weakly_label
            'softly_labelled', 'three_viewed', 'paired', 'alternately', 'stage_seed', 'stacked', 'feed']
 
 # %% ../nbs/04_learning/13_streams.ipynb #9dd0f45c
+import zipfile
 from pathlib import Path
 import numpy as np
 import torch
@@ -72,8 +73,11 @@ def rare_first(
     if not temperature: return shuffled_index
     names,K = np.array([str(n) for n in dataset.names]),dataset.space.num_classes
     if path and Path(path).exists():
-        with np.load(path, allow_pickle=False) as f:
-            if f['pixels'].shape[1] == K and np.array_equal(f['names'], names): return RareClasses(f['pixels'], temperature)
+        try:
+            with np.load(path, allow_pickle=False) as f: kept,of = f['pixels'],f['names']
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+            raise InputError(f'{path}: damaged ({e}); delete it, and the classes are counted anew') from e
+        if kept.shape == (len(names), K) and np.array_equal(of, names): return RareClasses(kept, temperature)
     pixels = class_pixels((dataset[i][1] for i in range(len(dataset))), K)
     if path:
         with atomic_path(path) as p, open(p, 'wb') as f: np.savez(f, pixels=pixels, names=names)

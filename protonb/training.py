@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FREE', 'Train', 'accelerator_for', 'seed_everything', 'poly_lr', 'pack', 'unpack', 'bare', 'save_checkpoint',
-           'checkpoint_info', 'checkpoint_folder', 'load_checkpoint', 'checkpoints', 'latest_checkpoint', 'append_row',
-           'read_metrics', 'stop_signals', 'changes', 'versions', 'Diverged', 'fit']
+           'checkpoint_info', 'checkpoint_folder', 'load_checkpoint', 'checkpoints', 'latest_checkpoint',
+           'newest_states', 'append_row', 'read_metrics', 'stop_signals', 'changes', 'versions', 'Diverged', 'fit']
 
 # %% ../nbs/04_learning/02_training.ipynb #acb28baa
 import warnings
@@ -14,13 +14,14 @@ with warnings.catch_warnings():     # before accelerate imports it; without ipyw
     from tqdm.auto import tqdm
 
 # %% ../nbs/04_learning/02_training.ipynb #0d9c3d02
-import csv, io, json, math, os, platform, random, re, shutil, signal, sys, threading, time
+import csv, errno, hashlib, io, json, math, os, platform, random, re, shutil, signal, sys, threading, time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, islice
 from pathlib import Path
+from typing import Literal
 
 import accelerate, numpy as np, safetensors.torch, torch
 from accelerate import Accelerator
@@ -30,28 +31,25 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
-from .core import InputError, atomic_path, rng_for
+from .core import InputError, atomic_path, naming, rng_for
+from .folders import claimed, read_stages
+from .settings import Seed, Steps, Whole, checked_dataclass
+from .weights import fingerprint, write_tensors
 
 # %% ../nbs/04_learning/02_training.ipynb #8c481785
-@dataclass
+@checked_dataclass
 class Train:
     "What a run of any method needs to know besides its own hyper-parameters."
-    steps:int = 1000             # Updates of the weights in all
-    batch_size:int = 1           # Samples per step and process
-    seed:int = 0                 # Seed of everything random
-    workers:int = 0              # Processes that prepare batches; 0 = the training process itself
-    precision:str = 'no'         # 'no' (float32), 'bf16' or 'fp16' (needs a GPU)
-    device:str = 'auto'          # 'auto' (GPU when there is one), 'cpu' or 'cuda'
-    log_every:int = 10           # Steps from one row of metrics.csv to the next
-    checkpoint_every:int = 200   # Steps from one checkpoint to the next
-    keep:int = 2                 # Checkpoints of a stage that stay on disk, the final one included
-
-    def __post_init__(self):
-        for name, least in dict(steps=1, batch_size=1, workers=0, log_every=1, checkpoint_every=1, keep=1).items():
-            if (got := getattr(self, name)) < least: raise InputError(f'{name} is {got}, but must be at least {least}')
-        for name, allowed in dict(precision=('no', 'bf16', 'fp16'), device=('auto', 'cpu', 'cuda')).items():
-            got = getattr(self, name)
-            if got not in allowed: raise InputError(f'{name} is {got!r}, but must be one of {", ".join(allowed)}')
+    steps:Steps = 1000           # Updates of the weights in all
+    batch_size:Whole(1, 65536) = 1  # Samples per step and process
+    seed:Seed = 0                # Seed of everything random
+    workers:Whole(0, 1024) = 0   # Processes that prepare batches; 0 = the training process itself
+    precision:Literal['no', 'bf16', 'fp16'] = 'no'  # 'no' (float32), 'bf16' or 'fp16' (needs a GPU)
+    device:Literal['auto', 'cpu', 'cuda'] = 'auto'  # 'auto' (GPU when there is one), 'cpu' or 'cuda'
+    log_every:Steps = 10         # Steps from one row of metrics.csv to the next
+    checkpoint_every:Steps = 200  # Steps from one checkpoint to the next
+    keep:Steps = 2               # Checkpoints of a stage that stay on disk, the final one included
+    skip_nonfinite:bool = False  # Leave out an update with a loss or gradient that is not finite, and count it in metrics.csv
 
 # %% ../nbs/04_learning/02_training.ipynb #80d32981
 def accelerator_for(
@@ -152,6 +150,10 @@ def bare(
 
 def _write_json(path, value, indent=1): path.write_text(json.dumps(value, indent=indent))
 
+def _digest(info):
+    "SHA-256 of what checkpoint.json says."
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(info)), sort_keys=True).encode()).hexdigest()
+
 # %% ../nbs/04_learning/02_training.ipynb #6f505d2b
 def save_checkpoint(
     path,           # Folder to make
@@ -159,16 +161,18 @@ def save_checkpoint(
     meta:dict=None, # What else to remember, as JSON
 )->Path:            # The folder
     "Write a checkpoint that is whole or absent: a safetensors file per part, state.json, checkpoint.json."
-    with atomic_path(path) as scratch:
+    with atomic_path(path, sync=True) as scratch:
         scratch.mkdir()
         skeletons = {}
         for name, part in parts.items():
             tensors = {}
             skeletons[name] = pack(part if isinstance(part, dict) else bare(part).state_dict(), tensors)
-            if tensors: safetensors.torch.save_file(tensors, scratch/f'{name}.safetensors')
+            if tensors: write_tensors(scratch/f'{name}.safetensors', tensors)
         _write_json(scratch/'state.json', skeletons, indent=None)
-        sizes = {f.name: f.stat().st_size for f in sorted(scratch.iterdir())}
-        _write_json(scratch/'checkpoint.json', {**(meta or {}), 'parts': list(parts), 'bytes': sizes})
+        files = sorted(scratch.iterdir())
+        info = {**(meta or {}), 'parts': list(parts), 'bytes': {f.name: f.stat().st_size for f in files}}
+        info['sha256'] = {f.name: fingerprint(f) for f in files}
+        _write_json(scratch/'checkpoint.json', {**info, 'own_sha256': _digest(info)})
     return Path(path)
 
 # %% ../nbs/04_learning/02_training.ipynb #bfd7aaa2
@@ -179,6 +183,9 @@ def checkpoint_info(
     path = checkpoint_folder(path)
     try:
         info = json.loads((path/'checkpoint.json').read_text())
+        own = info.pop('own_sha256', None)          # older ones have none
+        odd = own not in (None, _digest(info)) or not isinstance(info.get('step', 0), int) or not isinstance(info['parts'], list)
+        if odd: raise ValueError('checkpoint.json is damaged')
         for name, size in info['bytes'].items():
             if (got := (path/name).stat().st_size) != size: raise ValueError(f'{name} has {got} bytes, not {size}')
     except OSError as e:
@@ -187,6 +194,7 @@ def checkpoint_info(
         raise InputError(f'{path}: not a whole checkpoint ({e})') from e
     return info
 
+# %% ../nbs/04_learning/02_training.ipynb #e4b281a5
 def checkpoint_folder(
     path,   # A checkpoint folder or a run folder
 )->Path:    # A checkpoint folder
@@ -205,15 +213,21 @@ def read_states(
     "Read the states of a checkpoint, without loading them into anything."
     path, info = Path(path), checkpoint_info(path)
     try:
-        skeletons, states = json.loads((path/'state.json').read_text()), {}
+        skeletons, states = json.loads(_whole(path/'state.json', info).read_text()), {}
         for name in names or info['parts']:
-            file = path/f'{name}.safetensors'
+            file = _whole(path/f'{name}.safetensors', info)
             tensors = safetensors.torch.load_file(file) if file.exists() else {}
             tensors = {k: t.clone() for k, t in tensors.items()}     # the file may go, the state stays
             states[name] = unpack(skeletons[name], tensors)
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, safetensors.SafetensorError) as e:
         raise InputError(f'{path}: damaged checkpoint ({type(e).__name__}: {e})') from e
     return states
+
+def _whole(file, info):
+    "A file of a checkpoint, after a look at its checksum, where it has one."
+    want = info.get('sha256', {}).get(file.name)
+    if want and fingerprint(file) != want: raise ValueError(f'{file.name} has another checksum')
+    return file
 
 # %% ../nbs/04_learning/02_training.ipynb #3d5db781
 def load_checkpoint(
@@ -257,17 +271,39 @@ def latest_checkpoint(
         except InputError: pass
     return max(whole)[2] if whole else None
 
+# %% ../nbs/04_learning/02_training.ipynb #b370db9e
+def newest_states(
+    run_dir,     # Folder of the run
+    stage,       # One of its stages
+    names=None,  # Parts to read; all of them by default
+)->tuple:        # step, checkpoint folder, name -> state dict; None where there is no checkpoint
+    "The newest checkpoint that is whole to the bit; a damaged one is named, and the one before it taken."
+    found = checkpoints(run_dir, stage)
+    for t, path in reversed(found):
+        try: return t, path, read_states(path, names)
+        except InputError as e: warnings.warn(f'{e}; going back to the one before')
+    if found: raise InputError(f'{Path(run_dir, "checkpoints")}: none of stage {stage} is whole; delete them to start over')
+
 # %% ../nbs/04_learning/02_training.ipynb #fa71562b
 def read_rows(
     path,    # A csv file of a run
 )->list:     # One dict name -> text per whole row
     "Rows of a csv file; a last line that was cut short by a kill is left out."
     if not Path(path).exists(): return []
-    text = Path(path).read_text()
+    try: text = Path(path).read_text()
+    except UnicodeDecodeError as e: raise InputError(f'{path}: damaged ({e}); delete it to go on with new curves') from e
     rows = list(csv.reader(io.StringIO(text[:text.rfind('\n')+1])))
     if rows and rows[0][:2] != ['stage', 'step']:
         raise InputError(f'{path}: its first line is {",".join(rows[0])!r}, but a log begins with stage,step')
-    return [dict(zip(rows[0], r)) for r in rows[1:] if len(r) == len(rows[0])]
+    rows = [dict(zip(rows[0], r)) for r in rows[1:] if len(r) == len(rows[0])]
+    if odd := [r for r in rows if not r['step'].isdecimal() or not all(map(_number, list(r.values())[2:]))]:
+        raise InputError(f'{path}: damaged, one row says {",".join(odd[0].values())[:80]!r}; delete it to go on with new curves')
+    return rows
+
+def _number(text):
+    "Whether a field of a log is empty or a number."
+    try: return text == '' or float(text) is not None
+    except ValueError: return False
 
 def write_rows(path, rows):
     "Write all rows at once; columns in order of first use, empty where a row lacks them."
@@ -286,7 +322,7 @@ def append_row(
     row = {k: f'{v:.9g}' if isinstance(v, float) else str(v) for k, v in row.items()}
     head = next(csv.reader([open(path).readline()]), []) if Path(path).exists() else []
     if not set(row) <= set(head): return write_rows(path, [*read_rows(path), row])
-    with open(path, 'a', newline='') as f: csv.DictWriter(f, head, restval='', lineterminator='\n').writerow(row)
+    with naming(path), open(path, 'a', newline='') as f: csv.DictWriter(f, head, restval='', lineterminator='\n').writerow(row)
 
 def read_metrics(
     run_dir,     # Folder of the run
@@ -341,7 +377,7 @@ def _agreement(acc):
     finally: torch.distributed.destroy_process_group(group)
 
 # %% ../nbs/04_learning/02_training.ipynb #d3ca27a5
-FREE = {f'train.{n}' for n in ('workers', 'log_every', 'checkpoint_every', 'keep', 'device', 'batch_size')}
+FREE = {f'train.{n}' for n in ('workers', 'log_every', 'checkpoint_every', 'keep', 'device', 'batch_size', 'skip_nonfinite')}
 FREE |= {'config.feed.width'}     # older runs lack it
 
 def _plain(value):
@@ -399,10 +435,8 @@ def versions(
 # %% ../nbs/04_learning/02_training.ipynb #2cb2f19c
 def _check_config(path, stage, meta):
     "Refuse to go on under a configuration other than the one the stage was started with."
-    try: known = {**json.loads(path.read_text())} if path.exists() else {}
-    except (ValueError, TypeError) as e:
-        raise InputError(f'{path}: not the config.json of a run ({e}); give another folder') from e
-    if stage in known:
+    known = read_stages(path.parent)
+    if stage in known and checkpoints(path.parent, stage):      # settings that reached no checkpoint may be put right
         if differ := changes(known[stage], meta):
             raise InputError(f'{path.parent}: stage {stage} was started with other settings ({", ".join(differ)}); '
                              'restore them, or give another run folder')
@@ -429,6 +463,7 @@ class _Run:
     kept:list = field(default_factory=list)     # [[step, {name: float}]] since the last row
     clock:float = 0.                            # When the last row was written, in seconds
     rng:dict = None                             # States of the random generators to go on from
+    skipped:int = 0                             # Updates that were left out
 
 # %% ../nbs/04_learning/02_training.ipynb #849055e2
 def _note(run, values):
@@ -453,14 +488,22 @@ def _drain(run):
         names = dict.fromkeys(n for _, d in rows for n in d)
         run.kept.append([rows[0][0], {n: _mean([d[n] for _, d in rows if n in d]) for n in names}])
     for t, d in run.kept:
-        if bad := [f'{n} is {v}' for n, v in d.items() if not math.isfinite(v)]: raise Diverged(_obituary(run, t, bad))
+        bad = [f'{n} is {v}' for n, v in d.items() if not math.isfinite(v)]
+        if bad and not run.cfg.skip_nonfinite: raise Diverged(_obituary(run, t, bad))
+        for n in [n for n, v in d.items() if not math.isfinite(v)]: del d[n]
 
 # %% ../nbs/04_learning/02_training.ipynb #56a10e4e
 def _obituary(run, t, bad):
-    last = [s for s, _ in checkpoints(run.dir, run.stage)]
-    return (f'{run.dir}: stage {run.stage} diverged at step {t} ({", ".join(bad)}); the last checkpoint is ' +
-            (f'of step {last[-1]}' if last else 'still to come') + '; try a lower learning rate in a new run folder')
+    rates = ', '.join(f'{n} {v:.4g}' for n, v in _rates(run.parts).items())
+    return (f'{run.dir}: stage {run.stage} diverged at step {t} ({", ".join(bad)}); {_last(run)}; '
+            f'try a lower learning rate ({rates or "lr unknown"} now) in a new run folder')
 
+def _last(run):
+    "Where a run can go on, in words."
+    last = [s for s, _ in checkpoints(run.dir, run.stage)]
+    return 'the last checkpoint is ' + (f'of step {last[-1]}' if last else 'still to come')
+
+# %% ../nbs/04_learning/02_training.ipynb #f712e8a3
 def _rates(parts):
     "Learning rate of the first group of every optimizer among the parts."
     opts = {n: p for n, p in parts.items() if hasattr(p, 'param_groups')}
@@ -471,6 +514,7 @@ def _log(run, rates):
     _drain(run)
     values, names = {}, dict.fromkeys(n for _, d in run.kept for n in d)
     for n in names: values[n] = _mean([d[n] for _, d in run.kept if n in d])
+    if run.cfg.skip_nonfinite: values['skipped'] = run.skipped
     count, run.kept, now = len(run.kept), [], time.perf_counter()
     if run.acc.is_main_process:
         where, spent = dict(stage=run.stage, step=run.done), now-run.clock
@@ -495,41 +539,66 @@ def _set_rng(state):
     random.setstate(state['python'])
     np.random.set_state(state['numpy'])
 
+# %% ../nbs/04_learning/02_training.ipynb #97bd5d26
+def _floats(tree, path):
+    "Yields (name, tensor) of all floating-point tensors in a state."
+    if isinstance(tree, torch.Tensor) and tree.is_floating_point(): yield path, tree
+    if isinstance(tree, (list, tuple)): tree = dict(enumerate(tree))
+    for k, v in tree.items() if isinstance(tree, dict) else (): yield from _floats(v, f'{path}.{k}')
+
+def _not_finite(parts):
+    "The first number of the states that is NaN or infinite, in words; '' where all are finite. One wait for the device."
+    every = [f for n, p in parts.items() for f in _floats(p if isinstance(p, dict) else bare(p).state_dict(), n) if f[1].numel()]
+    if not every: return ''
+    fine = torch.stack([t.isfinite().all().cpu() if t.device.type == 'cpu' else t.isfinite().all() for _, t in every])
+    if fine.all(): return ''
+    name, t = every[int((~fine).nonzero()[0])]
+    return f'{name} holds {"NaN" if t.isnan().any() else "infinite values"}'
+
+# %% ../nbs/04_learning/02_training.ipynb #b7d0b6fe
 def _save(run):
     "A checkpoint of all processes together, written by the main one."
     _drain(run)
-    loop = dict(kept=run.kept, rng=gather_object([_rng_state()]))
+    if bad := [b for b in gather_object([_not_finite(run.parts)]) if b]: raise Diverged(_obituary(run, run.done, bad[:1]))
+    loop = dict(kept=run.kept, rng=gather_object([_rng_state()]), skipped=run.skipped)
     if run.acc.is_main_process:
+        if not (run.dir/'config.json').exists(): raise OSError(errno.ENOENT, 'is gone, though the run goes on', str(run.dir/'config.json'))
         folder = run.dir/'checkpoints'/f'{run.stage}-{run.done:07d}'
         meta = {'stage': run.stage, 'step': run.done, 'time': time.time(), **run.meta}
         save_checkpoint(folder, {**run.parts, 'loop': loop}, meta)
-        old = [p for t, p in checkpoints(run.dir, run.stage) if t <= run.done]
-        for p in old[:-run.cfg.keep]: shutil.rmtree(p, ignore_errors=True)
+        _tidy(run)
     run.acc.wait_for_everyone()
 
-# %% ../nbs/04_learning/02_training.ipynb #730bc9c8
-def _newest(run):
-    "Step, folder and states of the newest whole checkpoint of the stage, or None."
-    found = checkpoints(run.dir, run.stage)
-    for t, path in reversed(found):
-        try: return t, path, read_states(path)
-        except InputError as e: warnings.warn(f'{e}; going back to the one before')
-    if found:
-        raise InputError(f'{run.dir/"checkpoints"}: none of stage {run.stage} is whole; delete them to start over')
+def _tidy(run):
+    "Only the newest checkpoints stay; what a kill left of older ones goes as well."
+    old = [p for t, p in checkpoints(run.dir, run.stage) if t <= run.done]
+    for p in old[:-run.cfg.keep]: shutil.rmtree(p, ignore_errors=True)
 
+# %% ../nbs/04_learning/02_training.ipynb #730bc9c8
 def _resume(run):
     "Go back to the newest whole checkpoint, if there is one, and cut the csv files to it."
-    if newest := _newest(run):
+    if newest := newest_states(run.dir, run.stage):
         run.done, path, states = newest
         loop = states.pop('loop')
         if set(states) != set(run.parts):
             raise InputError(f'{path}: holds the parts {", ".join(states)}, but this run has {", ".join(run.parts)}')
         _load_states(path, run.parts, states)
-        run.kept = loop['kept']
+        run.kept, run.skipped = loop['kept'], loop.get('skipped', 0)
         if run.acc.process_index < len(loop['rng']): run.rng = loop['rng'][run.acc.process_index]
     for name in ('metrics.csv', 'timing.csv') if run.acc.is_main_process else ():
         rows = read_rows(run.dir/name)
         if rows: write_rows(run.dir/name, [r for r in rows if r['stage'] != run.stage or int(r['step']) <= run.done])
+
+# %% ../nbs/04_learning/02_training.ipynb #9c11eec0
+def _skip(run):
+    "Updates with a gradient that is not finite do nothing, and are counted; the device is waited for at each step."
+    def look(opt, *_):
+        params = [p for g in opt.param_groups for p in g['params'] if p.grad is not None]
+        if not params or torch.stack([p.grad.isfinite().all() for p in params]).all(): return
+        run.skipped += 1
+        for p in params: p.grad = None
+    for part in run.parts.values():
+        if isinstance(opt := getattr(part, 'optimizer', part), torch.optim.Optimizer): opt.register_step_pre_hook(look)
 
 # %% ../nbs/04_learning/02_training.ipynb #a385ce54
 def _open_run(cfg, parts, acc, run_dir, stage, config):
@@ -545,9 +614,10 @@ def _open_run(cfg, parts, acc, run_dir, stage, config):
     known = _check_config(run.dir/'config.json', stage, meta)
     acc.wait_for_everyone()
     if acc.is_main_process:
-        for left in [*run.dir.glob('.*.tmp'), *run.dir.glob('checkpoints/.*.tmp')]: shutil.rmtree(left, True)
         with atomic_path(run.dir/'config.json') as p: _write_json(p, known)
     _resume(run)
+    if acc.is_main_process: _tidy(run)
+    if cfg.skip_nonfinite: _skip(run)
     acc.wait_for_everyone()
     return run
 
@@ -565,10 +635,24 @@ def fit(
     progress:bool=True,  # Show a progress bar
 )->dict:                 # `step` reached, and whether the stage is `finished`
     "Run `step` until `cfg.steps`, from wherever the run stands; stopped and started again, it ends the same."
-    run = _open_run(cfg, parts, accelerator or accelerator_for(cfg), run_dir, stage, config)
-    if run.done < cfg.steps: _loop(run, step, make_batches, progress)
-    elif run.rng: _set_rng(run.rng)
-    return dict(step=run.done, finished=run.done == cfg.steps)
+    acc, stopped = accelerator or accelerator_for(cfg), False
+    with claimed(run_dir, acc.is_main_process):
+        run = _open_run(cfg, parts, acc, run_dir, stage, config)
+        if run.done < cfg.steps:
+            with _workers_alive(run): stopped = _loop(run, step, make_batches, progress)
+        elif run.rng: _set_rng(run.rng)
+    finished = run.done == cfg.steps
+    return dict(step=run.done, finished=finished) | (dict(stopped=True) if stopped and finished else {})
+
+# %% ../nbs/04_learning/02_training.ipynb #08c381b8
+@contextmanager
+def _workers_alive(run):
+    "The death of a process that prepares batches, which PyTorch throws into whatever is just done, is one sentence."
+    try: yield
+    except RuntimeError as e:
+        if not str(e).startswith('DataLoader worker'): raise
+        raise InputError(f'{run.dir}: a process that prepares batches has died ({str(e).split(". ")[0]}), perhaps for want of memory; '
+                         f'{_last(run)}, the same command goes on from there, perhaps with fewer --workers') from e
 
 # %% ../nbs/04_learning/02_training.ipynb #8e778fe0
 def _loop(run, step, make_batches, progress):
@@ -584,7 +668,7 @@ def _loop(run, step, make_batches, progress):
             bar.update()
             stop = agree(seen)
             if stop or last or run.done % cfg.checkpoint_every == 0: _save(run)
-            if stop or last: return
+            if stop or last: return stop or agree(seen)          # also while the last checkpoint was written
     raise ValueError(f'make_batches ended after step {run.done} of {cfg.steps}')
 
 def _bar(run, progress):

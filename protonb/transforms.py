@@ -8,14 +8,13 @@ __all__ = ['MEAN', 'STD', 'DIP_AUGMENT', 'normalize', 'resize_label', 'resize_im
 
 # %% ../nbs/01_data/04_transforms.ipynb #d437beb6
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from .core import InputError
 from .labels import IGNORE
+from .settings import Scale, Share, Side, checked_dataclass, Real, Whole
 
 # %% ../nbs/01_data/04_transforms.ipynb #4a6eb656
 MEAN = (0.485, 0.456, 0.406)  # Mean of ImageNet, RGB, 0..1
@@ -181,26 +180,20 @@ def random_crop(
     return image[:, i:i+height, j:j+width], label[i:i+height, j:j+width]
 
 # %% ../nbs/01_data/04_transforms.ipynb #80a57deb
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True)
 class Augment:
     "Numbers of the random changes to a labelled picture; defaults: DIP, released code."
-    scale_low:float = .9               # Smallest scale factor
-    scale_high:float = 1.1             # Largest scale factor
-    degrees:float = 10.                # Largest rotation to either side
-    rotate_p:float = .5                # Probability of a rotation
-    blur_p:float = .5                  # Probability of a 5x5 Gaussian blur, sigma 1.1
-    flip_p:float = .5                  # Probability of a horizontal flip
-    crop_height:int = 1025             # Height of the crop, pixels
-    crop_width:int = 1025              # Width of the crop, pixels
-    crop_retry_value:int|None = None   # Label id of which a crop should keep 85 %; None = off
+    scale_low:Scale = .9               # Smallest scale factor
+    scale_high:Scale = 1.1             # Largest scale factor
+    degrees:Real(0, 180) = 10.         # Largest rotation to either side
+    rotate_p:Share = .5                # Probability of a rotation
+    blur_p:Share = .5                  # Probability of a 5x5 Gaussian blur, sigma 1.1
+    flip_p:Share = .5                  # Probability of a horizontal flip
+    crop_height:Side = 1025            # Height of the crop, pixels
+    crop_width:Side = 1025             # Width of the crop, pixels
+    crop_retry_value:Whole(0, 255)|None = None  # Label id of which a crop should keep 85 %; None = off
 
-    def __post_init__(self):
-        for k in ('rotate_p', 'blur_p', 'flip_p'):
-            if not 0 <= getattr(self, k) <= 1: raise InputError(f'{k} is {getattr(self, k)}, expected a probability 0..1')
-        if not 0 < self.scale_low <= self.scale_high:
-            raise InputError(f'scale_low {self.scale_low}, scale_high {self.scale_high}: expected 0 < low <= high')
-        for k in ('crop_height', 'crop_width'):
-            if getattr(self, k) < 1: raise InputError(f'{k} is {getattr(self, k)}, expected at least 1')
+    def agree(self): yield self.scale_low <= self.scale_high, 'scale_low scale_high', 'scale_low <= scale_high'
 
 DIP_AUGMENT = Augment()
 

@@ -27,6 +27,7 @@ from .optimization import first_step_full_lr, linear_warm_up, make_optimizer, pa
 from .pixel_losses import edge_loss
 from .recipes import Situation, crop, learning_rate, memory, part
 from .processes import OwnRows, for_processes, held, sum_over
+from .settings import checked_dataclass, Count, Decay, Edge, Factor, Power, Rate, Share, Steps, Tint, Weight, Whole
 from .streams import labelled, paired, stacked, weakly_labelled
 from .teachers import average_of, update_average
 from .weighted_prototypes import PrototypeMemory, contrast, domain_prototypes, merge_labels, sample_anchors, stacked_points, sure
@@ -261,12 +262,11 @@ def add_gradients(
 # %% ../nbs/05_methods/06_wdass.ipynb #4b49bcd0
 def _check_rows(cfg, target):
     "Masked rows that leave something of every window, before the first step."
-    w,(top,low) = cfg.window,cfg.mix.mask_rows
-    if min(top, low) < 0: raise InputError(f'mix.mask_rows is {(top, low)}; expected two numbers of rows from 0')
-    if not top+low: return
-    rows = w.crop_height or min((scaled(w, size, w.low)[0] for _,size in image_sizes(target)), default=top+low+1)
-    if top+low >= rows: raise InputError(f'mix.mask_rows is {(top, low)}, which covers a window of {rows} rows: no target pixel '
-                                         f'would count in a mix; expected less, for example {_rows(rows)}, or a higher window')
+    w,rows = cfg.window,cfg.mix.mask_rows
+    if not sum(rows): return
+    least = w.crop_height or min((scaled(w, size, w.low)[0] for _,size in image_sizes(target)), default=sum(rows)+1)
+    if sum(rows) >= least: raise InputError(f'mix.mask_rows is {rows}, which covers a window of {least} rows: no target pixel '
+                                            f'would count in a mix; expected less, for example {_rows(least)}, or a higher window')
 
 def weak_pairs(
     source,         # Labelled source: items are (image uint8 (3,H,W), label (H,W))
@@ -311,78 +311,69 @@ def adapt_weakly(
     together = partial(stacked_points, num_classes=len(memory.target), room=_room(cfg)) if cfg.labels == 'point' else stacked
     return learn(job, one, weak_pairs(job.source, job.target, cfg, job.run.seed), parts, acc=acc, collate=together)
 
-# %% ../nbs/05_methods/06_wdass.ipynb #711fec51
-def _check_choices(cfg):
-    for f in fields(cfg):
-        if get_origin(f.type) is Literal and (got := getattr(cfg, f.name)) not in get_args(f.type):
-            raise InputError(f'{f.name} is {got!r}, but must be one of {", ".join(get_args(f.type))}')
-
-def _check_images(h, w, jitter):
-    if (h or w) and min(h, w) < 1: raise InputError(f'source_height is {h} and source_width {w}; expected a size, or 0 and 0: as they are')
-    if not 0 <= jitter <= .5: raise InputError(f'jitter is {jitter}; expected 0..0.5')
-
 # %% ../nbs/05_methods/06_wdass.ipynb #5a30e1aa
-@dataclass
+@checked_dataclass
 class Contrasts:
     "What begins after `warm`: contrasts of cells with prototypes, and losses on tags."
-    inter:float = .5              # Weight of the contrast of source cells with target prototypes
-    real:float = .25              # Weight of the contrast inside the target
-    syn:float = .25               # Weight of the contrast inside the source
-    image:float = 1.              # Weight of the image loss on logits
-    image_proto:float = 1.        # Weight of the image loss on similarities to the target prototypes
+    inter:Weight = .5             # Weight of the contrast of source cells with target prototypes
+    real:Weight = .25             # Weight of the contrast inside the target
+    syn:Weight = .25              # Weight of the contrast inside the source
+    image:Weight = 1.             # Weight of the image loss on logits
+    image_proto:Weight = 1.       # Weight of the image loss on similarities to the target prototypes
     image_loss:Literal['stable', 'saturating'] = 'stable'  # Its form; 'saturating' as released
-    temperature:float = .1        # Of all contrasts
-    sure:float = .95              # The teacher's label of a cell counts from this confidence on (prototypes, inter)
-    easy:float = .96              # The student's label of a cell is an easy one above this confidence (real, syn)
-    inter_samples:int = 512       # Most cells in the contrast between domains
-    intra_samples:int = 256       # Most cells in a contrast inside one domain
-    least:int = 20                # A class takes part where an image has more cells of it than this
-    most:int = 20                 # Cells of a class and image that take part, at most
-    clicks:int = 1                # Point labels: how many points an image has per class, on average and at most
+    temperature:Factor = .1       # Of all contrasts
+    sure:Share = .95              # The teacher's label of a cell counts from this confidence on (prototypes, inter)
+    easy:Share = .96              # The student's label of a cell is an easy one above this confidence (real, syn)
+    inter_samples:Whole(1) = 512  # Most cells in the contrast between domains
+    intra_samples:Whole(1) = 256  # Most cells in a contrast inside one domain
+    least:Count = 20              # A class takes part where an image has more cells of it than this
+    most:Whole(1) = 20            # Cells of a class and image that take part, at most
+    clicks:Whole(1, 10_000) = 1   # Point labels: how many points an image has per class, on average and at most
     source_predictions:bool = True         # Unlabelled source cells are contrasted under the student's own label (released)
     empty:Literal['keep', 'zero'] = 'keep' # A class whose cells are all unsure keeps its prototype, or loses it (released)
     reduce:bool = False           # Prototypes of the global batch instead of each process's own
 
-    def __post_init__(self): _check_choices(self)
-
 # %% ../nbs/05_methods/06_wdass.ipynb #942e55b3
-@dataclass
+@checked_dataclass
 class Mix:
     "Source classes pasted onto target images."
-    threshold:float = .968        # A target pixel gets weight where the teacher is at least this sure
-    mask_rows:tuple = (15, 120)   # Rows at the top and bottom of the window whose target pixels get none
-    weak_weight:float = 0.        # Least weight of a weakly labelled pixel
-    colour_p:float = .8           # Probability of a colour change of the batch
-    blur_p:float = .5             # Probability to blur it
-    strength:float = .25          # Of that colour change
+    threshold:Share = .968        # A target pixel gets weight where the teacher is at least this sure
+    mask_rows:tuple[Edge, Edge] = (15, 120)  # Rows at the top and bottom of the window whose target pixels get none
+    weak_weight:Weight = 0.       # Least weight of a weakly labelled pixel
+    colour_p:Share = .8           # Probability of a colour change of the batch
+    blur_p:Share = .5             # Probability to blur it
+    strength:Tint = .25           # Of that colour change
+
+# %% ../nbs/05_methods/06_wdass.ipynb #7ecd527f
+def _rules(cfg): yield bool(cfg.source_height) == bool(cfg.source_width), 'source_height source_width', 'a size, or 0 and 0: as they are'
 
 # %% ../nbs/05_methods/06_wdass.ipynb #ce1e68a7
-@dataclass
+@checked_dataclass
 class WDASS:
     "Hyper-parameters; the defaults are the released run's with its mistakes put right, and each mistake can be had back."
     labels:Literal['coarse', 'point', 'image'] = 'coarse'      # Kind of weak label
     image_label_scope:Literal['crop', 'image'] = 'crop'        # Which classes an image is said to show: those of the window, or all
-    warm:int = 10_000             # Contrast and image losses count after this step
-    alpha:float = .999            # How much of the teacher stays at each step
+    warm:Whole(-1) = 10_000       # Contrast and image losses count after this step; -1: from the first on
+    alpha:Share = .999            # How much of the teacher stays at each step
     teacher:Literal['student', 'independent'] = 'student'      # It starts as the student, or as a network of its own (released)
-    edge:float = 10.              # Weight of the edge loss
+    edge:Weight = 10.             # Weight of the edge loss
     edge_ignore:Literal['road', 'mask'] = 'road'               # Unlabelled pixels count as class 0 (released), or not at all
     contrast:Contrasts = field(default_factory=Contrasts)      # Prototypes, contrasts, image losses
     mix:Mix = field(default_factory=Mix)                       # Mixed images
-    lr:float = 2.5e-3             # Largest learning rate of the backbone
-    head_factor:float = 10.       # ASPP and projection learn this many times faster
-    momentum:float = .9           # SGD momentum
-    weight_decay:float = 1e-4     # L2 penalty, on convolution weights only
-    rampup:int = 1500             # Steps until the learning rate is reached
-    length:int = 150_000          # Steps until it would be 0
-    power:float = .9              # Power of the polynomial decay
+    lr:Rate = 2.5e-3              # Largest learning rate of the backbone
+    head_factor:Factor = 10.      # ASPP and projection learn this many times faster
+    momentum:Decay = .9           # SGD momentum
+    weight_decay:Weight = 1e-4    # L2 penalty, on convolution weights only
+    rampup:Count = 1500           # Steps until the learning rate is reached
+    length:Steps = 150_000        # Steps until it would be 0
+    power:Power = .9              # Power of the polynomial decay
     first_step_full_lr:bool = False                            # The first step at the full rate, all others one step late (released)
     window:Window = WDASS_TARGET_WINDOW  # Size, scale, window and flip of target images; of source images, but for the size
-    source_height:int = 720       # Source images are first resized to this height (GTA5); 0: left as they are (SYNTHIA)
-    source_width:int = 1280       # ... and width
-    jitter:float = .25            # Strength of the colour change of every image, 0..0.5; 0: none
+    source_height:Edge = 720      # Source images are first resized to this height (GTA5); 0: left as they are (SYNTHIA)
+    source_width:Edge = 1280      # ... and width
+    jitter:Tint = .25             # Strength of the colour change of every image, 0..0.5; 0: none
 
-    def __post_init__(self): _check_choices(self), _check_images(self.source_height, self.source_width, self.jitter)
+    def agree(self): return _rules(self)
 
 # %% ../nbs/05_methods/06_wdass.ipynb #0d924774
 def _fitted(s:Situation):

@@ -21,28 +21,29 @@ from .distance import bilinear_weights
 from .files import image_size
 from .labels import IGNORE
 from .pseudo_labels import HardLabels, PartlyLabelled, SoftLabels, Unlabelled
+from .settings import Edge, Ids, Scale, Share, checked_dataclass, Whole
 from .transforms import Augment, augment, resize_image, resize_label
 from .weak_labels import WeakLabels
 
 # %% ../nbs/04_learning/12_windows.ipynb #5e62284d
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True)
 class Window:
     "The random window of a method; all zeros: the image as it is."
-    base_height:int = 0       # The scale counts from this height; 0: from the image's, or it follows from `base_width`
-    base_width:int = 0        # ... and from this width; 0: the image's
-    low:float = 1.            # Smallest factor of the random scale
-    high:float = 1.           # Largest
-    crop_height:int = 0       # Height of the window in pixels; 0: all of the scaled image
-    crop_width:int = 0        # Width
-    flip_p:float = 0.         # Probability to exchange left and right
-    tries:int = 1             # The window is drawn again, so often at most, ...
-    more_than:int = 0         # ... until it shows more than so many label values
+    base_height:Edge = 0      # The scale counts from this height; 0: from the image's, or it follows from `base_width`
+    base_width:Edge = 0       # ... and from this width; 0: the image's
+    low:Scale = 1.            # Smallest factor of the random scale
+    high:Scale = 1.           # Largest
+    crop_height:Edge = 0      # Height of the window in pixels; 0: all of the scaled image
+    crop_width:Edge = 0       # Width
+    flip_p:Share = 0.         # Probability to exchange left and right
+    tries:Whole(1, 1000) = 1  # The window is drawn again, so often at most, ...
+    more_than:Ids = 0         # ... until it shows more than so many label values
     pad:bool = False          # An image smaller than its window: stands in a black frame without labels, or is refused
     resample:Literal['bilinear', 'bicubic'] = 'bilinear'  # How the image is resized; labels copy their nearest pixel
     base_first:bool = False   # The image is really resized to the base, then scaled (WDASS); otherwise both at once
     rows_first:bool = False   # Top drawn before left; another order of the same random numbers
 
-    def __post_init__(self): _check_window(self)
+    def agree(self): return _window_rules(self)
 
     @property
     def whole(self)->bool:  # Nothing is random: all of the image, at one size
@@ -52,19 +53,13 @@ class Window:
 # %% ../nbs/04_learning/12_windows.ipynb #216ea463
 FILTERS = dict(bilinear=Image.Resampling.BILINEAR, bicubic=Image.Resampling.BICUBIC)
 
-def _check_window(w):
-    if not 0 < w.low <= w.high: raise InputError(f'low is {w.low} and high {w.high}; expected 0 < low <= high')
-    if not 0 <= w.flip_p <= 1: raise InputError(f'flip_p is {w.flip_p}; expected a probability 0..1')
-    if w.resample not in FILTERS: raise InputError(f'resample is {w.resample!r}; expected one of {", ".join(FILTERS)}')
-    for k,least in dict(base_height=0, base_width=0, crop_height=0, crop_width=0, tries=1, more_than=0).items():
-        if getattr(w, k) < least: raise InputError(f'{k} is {getattr(w, k)}; expected at least {least}')
-    if w.base_height and not w.base_width:
-        raise InputError(f'base_height is {w.base_height} and base_width 0; expected both, or the width alone')
+def _window_rules(w):
+    yield w.low <= w.high, 'low high', 'low <= high'
+    yield w.base_width or not w.base_height, 'base_height base_width', 'both, or the width alone'
     for side in ('height', 'width'):
         base,crop = (getattr(w, f'{k}_{side}') for k in ('base', 'crop'))
-        if base and not w.pad and crop > round(base*w.low):
-            raise InputError(f'crop_{side} is {crop}, but the smallest scaled image has a {side} of {round(base*w.low)}; '
-                             'expected a window that always fits, or pad=True')
+        yield not base or w.pad or crop <= round(base*w.low), f'crop_{side} base_{side} low', \
+              f'a window that always fits: the smallest scaled image has a {side} of {round(base*w.low)}; or pad=True'
 
 # %% ../nbs/04_learning/12_windows.ipynb #cbb9eb76
 PBAL_WINDOW = Window(base_width=2200, low=.5, high=1.5, crop_height=512, crop_width=896, flip_p=.5)   # PBAL, released

@@ -282,7 +282,7 @@ def test_groups_by_letters_and_by_a_rule(town, capsys):
         assert main(["data", "fewshot", spec, "--shots", "2", "--out", str(few), *words]) == 0
         assert sorted(n[:2] for n in few.read_text().split()) == ["p0", "p0", "p1", "p1"]
     for words, said in ((["--group", "("], "regular expression"), (["--group", "x"], "finds nothing"),
-                        (["--group", "p", "--prefix", "2"], "neither"), (["--prefix", "-1"], "neither"), (["--shots", "0"], "k is 0")):
+                        (["--group", "p", "--prefix", "2"], "neither"), (["--prefix", "-1"], "--prefix is -1"), (["--shots", "0"], "--shots is 0")):
         assert main(["data", "fewshot", spec, "--out", str(few), *(["--shots", "2"] if words[0] != "--shots" else []), *words]) == 2
         assert said in capsys.readouterr().err
 

@@ -376,7 +376,7 @@ def test_it_runs_outside_the_main_thread(tmp_path):
 def test_a_stop_at_the_last_step_is_a_finish(tmp_path):
     def late(t, loss):
         if t == 11: os.kill(os.getpid(), signal.SIGTERM)
-    assert go(tmp_path, value=late)[0] == dict(step=12, finished=True)
+    assert go(tmp_path, value=late)[0] == dict(step=12, finished=True, stopped=True)
 
 def test_progress_goes_to_stderr_and_shows_the_loss(tmp_path, capsys):
     go(tmp_path, progress=True)

@@ -199,12 +199,12 @@ def test_masked_rows_leave_something_of_every_window(height, top, low):
     (dict(crop_height=32, crop_width=48), (15, 120), r'mix.mask_rows is \(15, 120\), which covers a window of 32 rows.*example \(0, 7\)'),
     (dict(crop_height=40, crop_width=48), (20, 20), 'covers a window of 40 rows'),
     (dict(crop_height=0, crop_width=0, flip_p=0., pad=False), (4, 60), 'covers a window of 64 rows'),
-    (dict(crop_height=40, crop_width=48), (-1, 5), 'expected two numbers of rows from 0')])
+    (dict(crop_height=40, crop_width=48), (-1, 5), 'expected 2 values, each a whole number from 0')])
 def test_a_run_whose_masked_rows_cover_its_windows_is_refused(tmp_path, window, rows, says):
     ds = Streets(REAL, 2, (64, 96))
-    cfg = W.WDASS(window=Window(base_first=True, **window), source_height=0, source_width=0, mix=W.Mix(mask_rows=rows))
-    job = Job(W.METHOD, cfg, Train(steps=1, batch_size=2, device='cpu'), tmp_path, wdass_small(19), ds, ds)
-    with pytest.raises(InputError, match=says): W.adapt_weakly(job)
+    with pytest.raises(InputError, match=says):
+        cfg = W.WDASS(window=Window(base_first=True, **window), source_height=0, source_width=0, mix=W.Mix(mask_rows=rows))
+        W.adapt_weakly(Job(W.METHOD, cfg, Train(steps=1, batch_size=2, device='cpu'), tmp_path, wdass_small(19), ds, ds))
     assert not list(tmp_path.iterdir())
 
 def test_weak_weight_and_rows():
@@ -213,7 +213,7 @@ def test_weak_weight_and_rows():
     x, weak, _ = b['target']
     given = weak != IGNORE
     says = lambda **kw: W.teacher_predictions(teacher, x, weak, replace(TINY, mix=W.Mix(**kw)))
-    none, some = says(threshold=1.01), says(threshold=1.01, weak_weight=1.)
+    none, some = says(threshold=1.), says(threshold=1., weak_weight=1.)
     assert none.weight.eq(0).all() and some.weight.equal(given.float())
     assert none.labels[given].equal(weak[given]) and (none.labels != IGNORE).all()
 
@@ -448,7 +448,7 @@ def test_hard_batches_stay_finite(case, labels):
     if case == 'one class':
         y_s[:], y_w[:] = 3, 3 if labels == 'coarse' else IGNORE
         y_w[:, 5, 5] = 3 if labels != 'image' else IGNORE
-    if case == 'never sure': cfg = replace(cfg, contrast=replace(cfg.contrast, sure=1.1, easy=1.1), mix=replace(cfg.mix, threshold=1.1))
+    if case == 'never sure': cfg = replace(cfg, contrast=replace(cfg.contrast, sure=1., easy=1.), mix=replace(cfg.mix, threshold=1.))
     if case == 'always sure': cfg = replace(cfg, contrast=replace(cfg.contrast, sure=0., easy=0.), mix=replace(cfg.mix, threshold=0.))
     ready = parts(cfg)
     for n in range(2):
@@ -495,7 +495,7 @@ def test_flags_reach_the_step(change):
         assert old[k] != new[k] and old['source'] == new['source'] and old['target'] == new['target']
 
 def test_wrong_choices_are_named():
-    with pytest.raises(InputError, match="labels is 'points', but must be one of coarse, point, image"): W.WDASS(labels='points')
+    with pytest.raises(InputError, match="labels is 'points'; expected one of 'coarse', 'point', 'image'"): W.WDASS(labels='points')
     with pytest.raises(InputError, match='empty is'): W.Contrasts(empty='drop')
     with pytest.raises(InputError, match='expected a size, or 0 and 0'): W.WDASS(source_height=0)
     with pytest.raises(InputError, match='low is'): W.WDASS(window=Window(low=0.))

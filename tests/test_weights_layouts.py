@@ -396,7 +396,7 @@ def test_iapc_starts_from_a_source_model_that_others_trained(name, wrap, photos)
     net, path = seeded(SMALL[name], 19), photos / "source.pth"
     torch.save(wrap(net), path)
     words = ["train", "iapc", "--start", path, "--target", f"images:{photos}/d/img", "--out", photos / "r", "--steps", 1, "--batch-size", 2, "--device", "cpu",
-             "--lr", 0, "--scales", 1., "--test-height", "None", "--crop-height", 33, "--crop-width", 33, "--refresh-height", 48, "--refresh-width", 64]
+             "--lr", 1e-9, "--scales", 1., "--test-height", "None", "--crop-height", 33, "--crop-width", 33, "--refresh-height", 48, "--refresh-width", 64]
     assert shell(*words) == 2                    # which network?
     assert shell(*words, "--net", name) == 0 and shell("info", photos / "r") == 0
 

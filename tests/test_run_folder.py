@@ -1,0 +1,477 @@
+"""A run cannot be spoiled: by a second process, another method, a damaged file, a full disk, or numbers that are no numbers any more."""
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from protonb import core, training as T
+from protonb.cli import main
+from protonb.core import InputError, atomic_path
+from protonb.prototypes import load_prototypes
+from protonb.runs import open_run
+from protonb.training import Train, fit
+
+SOURCE, TARGET = "streets:synthetic,count=4,size=64x128", "streets:real,count=4,size=64x128"
+CFG = Train(steps=8, log_every=2, checkpoint_every=2, keep=2, device="cpu")
+
+
+def words(out, *more, net="pbal_small"):
+    return ["train", "source-only", "--source", SOURCE, "--out", str(out), "--net", net, "--steps", "3", "--batch-size", "2", "--crop-height", "65",
+            "--crop-width", "97", "--device", "cpu", *map(str, more)]
+
+
+def dip(out, *more):
+    return ["train", "dip", "--source", SOURCE, "--target", TARGET, "--out", str(out), "--net", "dip_small", "--steps", "2", "--batch-size", "2",
+            "--crop-height", "65", "--crop-width", "129", "--device", "cpu", "--shots", "1", "--allow-missing", *map(str, more)]
+
+
+def fails(args, capsys, *told):
+    """Exit code 2 and one line with these words."""
+    capsys.readouterr()
+    assert main(list(map(str, args))) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("protonb:")]
+    assert len(lines) == 1, lines
+    for word in told:
+        assert str(word) in lines[0], lines[0]
+
+
+def toy(value=lambda t: 0.):
+    """A net of one weight matrix whose loss is small, plus what a test wants."""
+    torch.manual_seed(0)
+    net = nn.Linear(3, 2)
+    opt = torch.optim.SGD(net.parameters(), lr=.1, momentum=.9)
+    def step(batch):
+        t, x = batch
+        opt.zero_grad()
+        loss = net(x).square().mean() + value(t)*net.weight.sum()
+        loss.backward()
+        opt.step()
+        return dict(loss=loss.detach())
+    def batches(first): return ((t, torch.randn(4, 3, generator=torch.Generator().manual_seed(t))) for t in range(first, 99))
+    return step, batches, dict(net=net, opt=opt)
+
+
+def go(run_dir, cfg=CFG, value=lambda t: 0., config=None):
+    step, batches, parts = toy(value)
+    return fit(step, batches, parts, cfg, run_dir=run_dir, config=config, progress=False), parts
+
+
+def there(run_dir): return sorted(p.name for p in Path(run_dir, "checkpoints").iterdir())
+
+
+# ---- one writer
+
+HOLD = """
+import sys, time
+from protonb.folders import claimed
+with claimed(sys.argv[1]):
+    print('mine', flush=True)
+    time.sleep(60)
+"""
+
+
+@contextmanager
+def holder(folder):
+    """Another process that writes into a folder."""
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "mine\n"
+        yield other
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_a_second_process_is_refused_and_a_killed_one_holds_nothing(tmp_path, capsys):
+    with holder(tmp_path / "r") as other:
+        fails(words(tmp_path / "r"), capsys, tmp_path / "r", "another process is writing there")
+        with pytest.raises(InputError, match="another process"): go(tmp_path / "r")
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+        assert go(tmp_path / "r")[0]["finished"]
+    assert not (tmp_path / "r" / ".lock").exists()
+
+
+RACE = """
+import sys
+from pathlib import Path
+from protonb.core import InputError
+from protonb.folders import claimed
+go = Path(sys.argv[2])
+print('ready', flush=True)
+sys.stdin.readline()
+try:
+    with claimed(sys.argv[1]):
+        go.open('a').write('x')
+        sys.stdin.readline()
+except InputError: sys.exit(2)
+"""
+
+
+def test_of_two_that_start_at_once_one_runs(tmp_path):
+    for i in range(10):
+        two = [subprocess.Popen([sys.executable, "-c", RACE, str(tmp_path / f"r{i}"), str(tmp_path / f"log{i}")], stdin=subprocess.PIPE,
+                                stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        for p in two: assert p.stdout.readline() == "ready\n"
+        for p in two:
+            p.stdin.write("\n")
+            p.stdin.flush()
+        end = time.time() + 30
+        while all(p.poll() is None for p in two) and time.time() < end: time.sleep(.01)
+        for p in two:
+            if p.poll() is None: p.communicate("\n", timeout=30)
+        assert sorted(p.returncode for p in two) == [0, 2] and (tmp_path / f"log{i}").read_text() == "x"
+
+
+def test_workers_of_a_killed_run_do_not_hold_its_lock(tmp_path):
+    command = [str(Path(sys.executable).with_name("protonb"))]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    p = subprocess.Popen([*command, *words(tmp_path / "r", "--steps", "4000", "--checkpoint-every", "2", "--workers", "2")], env=env,
+                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.time() + 90
+    while not list(tmp_path.glob("r/checkpoints/[!.]*")) and p.poll() is None and time.time() < end: time.sleep(.1)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    from protonb.folders import claimed
+    for _ in range(100):                             # the workers notice within seconds that nobody wants their batches
+        try:
+            with claimed(tmp_path / "r"): return
+        except InputError: time.sleep(.2)
+    pytest.fail("the lock is still held")
+
+
+# ---- one method, one set of settings
+
+def test_a_folder_belongs_to_its_method(tmp_path, capsys):
+    assert main(dip(tmp_path / "d")) == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "d").rglob("*") if p.is_file()}
+    fails(words(tmp_path / "d", net="dip_small"), capsys, tmp_path / "d", "holds a run of dip")
+    config = json.loads((tmp_path / "d" / "config.json").read_text())
+    del config["dip"]["config"]["method"]                                     # as older runs have it: the stage tells
+    (tmp_path / "d" / "config.json").write_text(json.dumps(config))
+    fails(words(tmp_path / "d", net="dip_small"), capsys, "holds a run of dip")
+    (tmp_path / "d" / "config.json").write_bytes(before[tmp_path / "d" / "config.json"])
+    assert before == {p: p.read_bytes() for p in (tmp_path / "d").rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("text", ['{"model_type": "bert", "vocab_size": 30522}', '{"source_only": 3}', '"config"', "", "\xff", '{"source_only": {"train": {}}}',
+                                  "["*100_000])
+def test_a_foreign_config_is_left_alone(text, tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    for args in (words(tmp_path), ["eval", tmp_path, "--data", TARGET], ["info", tmp_path]):
+        fails(args, capsys, tmp_path / "config.json", "not the config.json of a run")
+    assert (tmp_path / "config.json").read_bytes() == text.encode("latin-1") and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_lost_config_is_named(tmp_path, capsys):
+    go(tmp_path / "r")
+    (tmp_path / "r" / "config.json").unlink()
+    with pytest.raises(InputError, match="config.json: is lost"): go(tmp_path / "r")
+    fails(["eval", tmp_path / "r", "--data", TARGET], capsys, "config.json: is lost")
+
+
+def test_settings_that_reached_no_checkpoint_may_be_put_right(tmp_path):
+    def stop(t): raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError): go(tmp_path, config=dict(lr=1), value=stop)
+    assert go(tmp_path, config=dict(lr=2))[0]["finished"]
+    with pytest.raises(InputError, match="config.lr 2 -> 3"): go(tmp_path, config=dict(lr=3))
+
+
+# ---- damage
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of three checkpoints, and its score."""
+    home = tmp_path_factory.mktemp("run")
+    assert main(words(home / "r", "--steps", "6", "--checkpoint-every", "2", "--keep", "3")) == 0
+    assert main(["eval", str(home / "r"), "--data", TARGET]) == 0
+    return home / "r"
+
+
+@pytest.mark.parametrize("file", ["net.safetensors", "opt.safetensors", "loop.safetensors", "state.json", "checkpoint.json"])
+@pytest.mark.parametrize("where", [.2, .9])
+def test_one_bit_of_any_file_is_noticed(run, file, where, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "r")
+    want = (tmp_path / "r" / "checkpoints" / "source_only-0000006" / "net.safetensors").read_bytes()
+    path = tmp_path / "r" / "checkpoints" / "source_only-0000006" / file
+    b = bytearray(path.read_bytes())
+    b[int(where*len(b))] ^= 4
+    path.write_bytes(bytes(b))
+    with pytest.warns(UserWarning, match="source_only-0000006.*going back to the one before"):
+        assert main(words(tmp_path / "r", "--steps", "6", "--checkpoint-every", "2", "--keep", "3")) == 0
+    assert (tmp_path / "r" / "checkpoints" / "source_only-0000006" / "net.safetensors").read_bytes() == want
+
+
+def test_a_damaged_network_is_not_scored_the_one_before_is(run, tmp_path):
+    shutil.copytree(run, tmp_path / "r")
+    path = tmp_path / "r" / "checkpoints" / "source_only-0000006" / "net.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\x80\x3f")
+    with pytest.warns(UserWarning, match="going back"): assert open_run(tmp_path / "r").step == 4
+
+
+def test_checkpoints_of_before_have_no_checksums_and_load(run, tmp_path):
+    shutil.copytree(run, tmp_path / "r")
+    for path in (tmp_path / "r" / "checkpoints").glob("*/checkpoint.json"):
+        info = json.loads(path.read_text())
+        del info["sha256"], info["own_sha256"]
+        path.write_text(json.dumps(info))
+    assert open_run(tmp_path / "r").step == 6
+    assert main(words(tmp_path / "r", "--steps", "6", "--checkpoint-every", "2", "--keep", "3")) == 0
+
+
+@pytest.mark.parametrize("name, text, args", [
+    ("scores.json", "[]", ["info", "R"]), ("scores.json", '{"a": {"cm": 3, "absent": "zero"}}', ["info", "R"]), ("scores.json", "\x00", ["eval", "R", "--data", TARGET]),
+    ("metrics.csv", "stage,step,loss\nsource_only,1.5,3\n", ["report", "R", "--data", TARGET, "--out", "x.html"]),
+    ("metrics.csv", "stage,step,loss\nsource_only,1,three\n", ["train"]), ("timing.csv", "\xff\xfe", ["train"])])
+def test_damaged_files_are_named(run, name, text, args, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "r")
+    (tmp_path / "r" / name).write_bytes(text.encode("latin-1"))
+    if args == ["train"]: args = words(tmp_path / "r", "--steps", "6", "--checkpoint-every", "2", "--keep", "3")
+    fails([tmp_path / "r" if a == "R" else a for a in args], capsys, tmp_path / "r" / name, "damaged", "delete it")
+
+
+@pytest.mark.parametrize("change, told", [
+    (lambda c: c["hyper"].pop("lr"), "config.hyper.lr"), (lambda c: c.update(net="iapc_small"), "'iapc_small'"),
+    (lambda c: c["space"]["classes"].pop(), "config.space.classes"), (lambda c: c["feed"].update(height=9), "config.feed.height")])
+def test_a_config_that_is_not_the_checkpoints(run, change, told, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "r")
+    path = tmp_path / "r" / "config.json"
+    stages = json.loads(path.read_text())
+    change(stages["source_only"]["config"])
+    path.write_text(json.dumps(stages))
+    fails(["eval", tmp_path / "r", "--data", TARGET], capsys, path, told)
+
+
+def test_leftovers_and_surplus_checkpoints_go_at_the_next_start(tmp_path):
+    go(tmp_path, replace(CFG, keep=4))
+    assert there(tmp_path) == [f"train-000000{t}" for t in (2, 4, 6, 8)]
+    for left in (".metrics.csv.1.tmp", "checkpoints/.train-0000008.2.tmp", "pseudo/.a.png.3.tmp"): (tmp_path / left / "x").mkdir(parents=True)
+    go(tmp_path, replace(CFG, keep=1))
+    assert there(tmp_path) == ["train-0000008"] and not list(tmp_path.rglob("*.tmp"))
+
+
+# ---- numbers
+
+def test_weights_that_are_nan_reach_no_checkpoint(tmp_path):
+    """The loss of the last step is finite, the update is not."""
+    step, batches, parts = toy()
+    def one(b):
+        log = step(b)
+        if b[0] == 7: parts["net"].weight.data[1, 2] = float("nan")
+        return log
+    with pytest.raises(T.Diverged, match=r"stage train diverged at step 8 \(net.weight holds NaN\); the last checkpoint is of step 6; .*lr 0.1"):
+        fit(one, batches, parts, CFG, run_dir=tmp_path, progress=False)
+    assert there(tmp_path) == ["train-0000004", "train-0000006"]
+    for f in tmp_path.rglob("*.safetensors"):
+        assert all(v.isfinite().all() for v in load_file(f).values() if v.is_floating_point())
+
+
+def test_averages_and_momenta_are_looked_at_too(tmp_path):
+    step, batches, parts = toy()
+    teacher = nn.Linear(3, 2)
+    def one(b):
+        if b[0] == 2: teacher.bias.data[1] = float("inf")
+        return step(b)
+    with pytest.raises(T.Diverged, match=r"step 4 \(teacher.bias holds infinite values\)"):
+        fit(one, batches, {**parts, "teacher": teacher}, CFG, run_dir=tmp_path, progress=False)
+
+
+def test_an_update_that_is_not_finite_can_be_left_out_and_counted(tmp_path):
+    bad = lambda t: float("nan") if t in (2, 5) else 0.
+    with pytest.raises(T.Diverged, match="step 3"): go(tmp_path / "a", value=bad)
+    end, parts = go(tmp_path / "b", replace(CFG, skip_nonfinite=True), value=bad)
+    assert end["finished"] and all(v.isfinite().all() for v in parts["net"].state_dict().values())
+    assert T.read_metrics(tmp_path / "b")["skipped"][1] == [0, 1, 2, 2]
+    step, batches, parts_of = toy(bad)
+    half = replace(CFG, skip_nonfinite=True)
+    def stop(b):
+        if b[0] == 4: raise KeyboardInterrupt
+        return step(b)
+    with pytest.raises(KeyboardInterrupt): fit(stop, batches, parts_of, half, run_dir=tmp_path / "c", progress=False)
+    again = go(tmp_path / "c", half, value=bad)[1]
+    assert again["net"].weight.equal(parts["net"].weight) and (tmp_path / "b/metrics.csv").read_bytes() == (tmp_path / "c/metrics.csv").read_bytes()
+
+
+def test_a_run_that_diverges_is_one_line(tmp_path, capsys):
+    fails(words(tmp_path / "r", "--steps", "60", "--lr", "1e9", "--log-every", "1"), capsys, "stage source_only diverged at step", "the last checkpoint",
+          "learning rate")
+
+
+def test_a_network_that_is_nan_is_not_scored(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "r")
+    path = tmp_path / "r" / "checkpoints" / "source_only-0000006"
+    states = T.read_states(path)
+    states["net"]["layer0.0.weight" if "layer0.0.weight" in states["net"] else next(iter(states["net"]))].view(-1)[0] = float("nan")
+    info = T.checkpoint_info(path)
+    T.save_checkpoint(path, states, {k: v for k, v in info.items() if k not in ("sha256", "bytes", "parts")})
+    fails(["eval", tmp_path / "r", "--data", TARGET], capsys, "source_only-0000006", "holds NaN")
+    fails(words(tmp_path / "s", "--weights", tmp_path / "r"), capsys, "holds NaN")
+    assert not (tmp_path / "s").exists()
+
+
+# ---- disks
+
+ERRORS = [errno.ENOSPC, errno.EACCES, errno.EIO]
+
+
+def test_a_fault_at_every_write(tmp_path, monkeypatch):
+    """Whatever write fails: an error that names a file of the run, the newest whole checkpoint as it was, and the same bits afterwards."""
+    _, whole = go(tmp_path / "whole")
+    count = [0]
+
+    def faulty(n, number):
+        def fault(real):
+            def call(*args, **kwargs):
+                count[0] += 1
+                if count[0] == n: raise OSError(number, os.strerror(number))
+                return real(*args, **kwargs)
+            return call
+        return fault
+
+    n, faults = 0, 0
+    while True:
+        n += 1
+        run_dir, number = tmp_path / f"r{n}", ERRORS[n % 3]
+        count[0] = 0
+        with monkeypatch.context() as m:
+            for owner, name in ((T, "write_tensors"), (T, "_write_json"), (core.os, "fsync"), (core.os, "replace"), (T.csv.DictWriter, "writerow"),
+                                (T.csv.DictWriter, "writerows")):
+                m.setattr(owner, name, faulty(n, number)(getattr(owner, name)))
+            try: go(run_dir)
+            except OSError as e:
+                faults += 1
+                assert e.filename and str(run_dir) in str(e.filename) and e.errno == number, e
+            else: break                                               # fewer writes than n: all have had their fault
+        before = {p: p.read_bytes() for p in run_dir.rglob("*.safetensors")}
+        found = T.checkpoints(run_dir)
+        for _, path in found: T.read_states(path)                     # each that is there is whole
+        assert not list(run_dir.rglob("*.tmp")) and all(p.exists() for p in before)
+        end, parts = go(run_dir)
+        assert end["finished"] and parts["net"].weight.equal(whole["net"].weight)
+        assert (run_dir / "metrics.csv").read_bytes() == (tmp_path / "whole" / "metrics.csv").read_bytes()
+        shutil.rmtree(run_dir)
+    assert faults > 40, faults
+
+
+def test_the_old_checkpoint_goes_after_the_new_one_is_on_the_disk(tmp_path, monkeypatch):
+    told = []
+    real, gone = os.fsync, shutil.rmtree
+    monkeypatch.setattr(core.os, "fsync", lambda fd: (told.append(("sync", os.readlink(f"/proc/self/fd/{fd}").rsplit("/", 1)[-1])), real(fd))[1])
+    monkeypatch.setattr(T.shutil, "rmtree", lambda p, *a, **k: (told.append(("gone", Path(p).name)), gone(p, *a, **k))[1])
+    go(tmp_path, replace(CFG, steps=4, keep=1))
+    at = [i for i, (what, name) in enumerate(told) if (what, name) == ("gone", "train-0000002")][0]
+    assert {("sync", n) for n in ("net.safetensors", "state.json", "checkpoint.json", "train-0000004", "checkpoints")} <= set(told[:at])
+
+
+def test_a_folder_that_vanishes_is_named(tmp_path):
+    def vanish(t):
+        if t == 4: shutil.rmtree(tmp_path / "r")
+        return 0.
+    with pytest.raises(OSError, match="config.json"): go(tmp_path / "r", value=vanish)
+
+
+def test_an_error_without_a_file_gets_one(tmp_path):
+    for make in (lambda p: OSError(errno.EIO, "bad"), lambda p: OSError(errno.ENOSPC, "bad", str(p))):
+        with pytest.raises(OSError) as e, atomic_path(tmp_path / "a.txt") as p: raise make(p)
+        assert e.value.filename == str(tmp_path / "a.txt")
+    with pytest.raises(OSError) as e, atomic_path(tmp_path / "a.txt"): raise OSError(errno.EIO, "bad", "/elsewhere")
+    assert e.value.filename == "/elsewhere" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change", [lambda t: t.update(matrix=t["matrix"][:, :1].squeeze(1)), lambda t: t.update(counts=t["counts"][:3]),
+                                    lambda t: t["matrix"].view(-1)[:1].fill_(float("nan"))])
+def test_prototypes_are_looked_at(change, tmp_path):
+    from protonb.weights import save_weights
+    state = dict(matrix=torch.ones(4, 2), counts=torch.ones(4))
+    save_weights(tmp_path / "p.safetensors", state, dict(classes=list("abcd")))
+    load_prototypes(tmp_path / "p.safetensors")
+    change(state)
+    save_weights(tmp_path / "p.safetensors", state, dict(classes=list("abcd")))
+    with pytest.raises(InputError, match="p.safetensors: damaged"): load_prototypes(tmp_path / "p.safetensors")
+
+
+# ---- files beside the checkpoints
+
+def test_a_damaged_selection_is_named(tmp_path):
+    from protonb.pixda import PixDA, select
+    for text in ("{", "[]", '{"kept": 3}', '{"kept": ["elsewhere"]}', "\x00"):
+        (tmp_path / "pass_01.json").write_text(text)
+        with pytest.raises(InputError, match="pass_01.json: damaged.*delete it"):
+            select(None, None, None, None, ["a", "b"], .4, PixDA(), Train(), path=tmp_path / "pass_01.json")
+
+
+def test_damaged_counts_of_classes_are_named(tmp_path):
+    from protonb.streams import rare_first
+    from protonb.streets import REAL, Streets
+    data, path = Streets(REAL, 2, (64, 128)), tmp_path / "class_pixels.npz"
+    for content in (b"", b"PK\x03\x04", b"not an archive"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="class_pixels.npz: damaged.*delete it"): rare_first(data, .1, path)
+    path.unlink()
+    rare_first(data, .1, path)
+    rare_first(data, .1, path)
+
+
+@pytest.mark.parametrize("key, value", [("bins", "many"), ("bins", -1), ("names", 3), ("names", [1]), ("counts", {}), ("classes", None)])
+def test_a_damaged_histogram_is_named_and_made_anew(key, value, tmp_path):
+    from protonb.pseudo_labels import read_histogram, write_labels
+    from protonb.streets import REAL, Streets
+    data = Streets(REAL, 2, (64, 128))
+    segment = lambda x: torch.nn.functional.one_hot((x[:, 0] // 32).long(), 19).permute(0, 3, 1, 2).float()
+    write_labels(segment, data, tmp_path, data.space, progress=False, network="a")
+    path = tmp_path / "histogram.json"
+    want = path.read_bytes()
+    path.write_text(json.dumps(json.loads(want) | {key: value}))
+    with pytest.raises(InputError, match="histogram.json: is damaged.*delete it"): read_histogram(tmp_path)
+    with pytest.raises(InputError, match="histogram.json"): write_labels(segment, data, tmp_path, data.space, progress=False, network="a")
+    path.unlink()
+    (tmp_path / ".counts").mkdir(exist_ok=True)
+    (tmp_path / ".counts" / f"{data.names[0]}.npy").write_bytes(b"half a not")          # what a kill left
+    write_labels(segment, data, tmp_path, data.space, progress=False, network="a")
+    assert path.read_bytes() == want
+
+
+# ---- a stop
+
+def test_a_stop_in_the_last_step_of_a_stage_ends_the_run_there(tmp_path, capsys, monkeypatch):
+    real = T._save
+    monkeypatch.setattr(T, "_save", lambda run: (real(run), run.done == 3 and os.kill(os.getpid(), signal.SIGTERM))[0])
+    assert main(words(tmp_path / "r")) == 130 and "stopped at step 3" in capsys.readouterr().out
+    monkeypatch.setattr(T, "_save", real)
+    assert main(words(tmp_path / "r")) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_outside_of_the_steps_is_one_line_and_130(run, number, tmp_path, capsys, monkeypatch):
+    from protonb import cli
+    monkeypatch.setattr(cli, "open_dataset", lambda *a, **k: os.kill(os.getpid(), number))
+    assert main(["eval", str(run), "--data", TARGET]) == 130
+    err = capsys.readouterr().err.strip()
+    assert err.startswith("protonb: stopped") and "\n" not in err and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_bug_keeps_its_traceback_and_says_so(run, monkeypatch):
+    from protonb import cli
+    monkeypatch.setattr(cli, "open_dataset", lambda *a, **k: 1/0)
+    with pytest.raises(ZeroDivisionError) as e: main(["eval", str(run), "--data", TARGET])
+    assert "report it" in e.value.__notes__[0]
+
+
+def test_two_runs_of_one_folder_name_are_both_in_the_report(run, tmp_path, capsys):
+    for where in "ab": shutil.copytree(run, tmp_path / where / "r")
+    out = tmp_path / "x.html"
+    assert main(["report", str(tmp_path / "a" / "r"), str(tmp_path / "b" / "r"), "--data", "streets:real,count=1,size=64x128", "--images", "1", "--out", str(out)]) == 0
+    page = out.read_text()
+    assert str(tmp_path / "a" / "r") in page and str(tmp_path / "b" / "r") in page
