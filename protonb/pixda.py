@@ -126,7 +126,8 @@ class _Halved:
     "Rules of the settings below."
     def agree(self):
         for k in ('base_height', 'base_width'):
-            yield (n := getattr(self.window, k)) == 0 or n >= 32, f'window.{k}', 'at least 32 pixels: the discriminator halves them five times'
+            n = getattr(self.window, k)
+            yield not 0 < n < 32, f'window.{k}', 'at least 32 pixels: the discriminator halves them five times'
 
 # %% ../nbs/05_methods/07_pixda.ipynb #0a6d45c4
 @checked_dataclass
