@@ -48,6 +48,7 @@ def rasterise(
     where='drawing',  # Name of the file, for the error message
 )->np.ndarray:        # (H,W) uint8 raw ids
     "Paint the shapes over each other in their order."
+    if min(drawing.size) < 1: raise InputError(f'{where}: is for a photo of {drawing.size[1]}x{drawing.size[0]} pixels')
     small_enough(*drawing.size[::-1], where)
     im = Image.new('L', drawing.size[::-1], ground)
     pen = ImageDraw.Draw(im)
@@ -67,15 +68,24 @@ def _rings(where, *rings):
     "Rings of (x,y) with at least two points."
     rings = tuple(tuple((float(x), float(y)) for x, y in r) for r in rings)
     if not rings or any(len(r) < 2 for r in rings): raise InputError(f'{where}: a polygon has fewer than two points')
-    if not all(abs(v) < 1e6 for r in rings for p in r for v in p): raise InputError(f'{where}: a polygon has a corner at no pixel')
+    if not all(abs(v) < 1e6 for r in rings for p in r for v in p): raise InputError(f'{where}: a shape has a corner at no pixel')
     return rings
+
+def _box(where, *points):
+    "Left upper and right lower corner, whichever corners were kept."
+    (ring,) = _rings(where, points)
+    return tuple(zip(*((min(v), max(v)) for v in zip(*ring))))
+
+def _pixel(where, x, y): return tuple(map(round, _box(where, (x, y), (x, y))[0]))
 
 # %% ../nbs/01_data/02c_annotations.ipynb #c1b07e0f
 def _png(text):
     "The bool picture in a base64 text, perhaps compressed once more (Supervisely)."
-    data = base64.b64decode(text)
-    data = zlib.decompress(data) if data[:1] == b'\x78' else data
-    a = np.array(Image.open(io.BytesIO(data)))
+    try:
+        data = base64.b64decode(text)
+        data = zlib.decompress(data) if data[:1] == b'\x78' else data
+        a = np.array(Image.open(io.BytesIO(data)))
+    except Exception: raise ValueError('a mask is no picture') from None
     return (a if a.ndim == 2 else a[..., -1]) > 0
 
 def _labelme(d, where):
@@ -85,9 +95,9 @@ def _labelme(d, where):
         if kind == 'circle':
             (x, y), (a, b) = points
             r = float(np.hypot(a-x, b-y))
-            kind, data = 'ellipse', ((x-r, y-r), (x+r, y+r))
-        elif kind == 'rectangle': data = tuple(zip(*(sorted(v) for v in zip(*points))))
-        elif kind == 'mask': data = (round(points[0][0]), round(points[0][1]), _png(s['mask']))
+            kind, data = 'ellipse', _box(where, (x-r, y-r), (x+r, y+r))
+        elif kind == 'rectangle': data = _box(where, *points)
+        elif kind == 'mask': data = (*_pixel(where, *points[0]), _png(s['mask']))
         else: data = _rings(where, points) if kind == 'polygon' else ()
         shapes.append(Shape(str(s['label']), kind, data))
     size = d.get('imageHeight'), d.get('imageWidth')
@@ -104,8 +114,8 @@ def _supervisely(d, where):
     shapes = []
     for o in d['objects']:
         kind = o['geometryType']
-        if kind == 'bitmap': data = (*o['bitmap']['origin'], _png(o['bitmap']['data']))
-        elif kind == 'rectangle': data = tuple(zip(*(sorted(v) for v in zip(*o['points']['exterior']))))
+        if kind == 'bitmap': data = (*_pixel(where, *o['bitmap']['origin']), _png(o['bitmap']['data']))
+        elif kind == 'rectangle': data = _box(where, *o['points']['exterior'])
         else: data = _rings(where, o['points']['exterior'], *o['points'].get('interior', ())) if kind == 'polygon' else ()
         shapes.append(Shape(str(o['classTitle']), 'mask' if kind == 'bitmap' else kind, data))
     return Outlines((int(d['size']['height']), int(d['size']['width'])), tuple(shapes))
@@ -118,7 +128,7 @@ def _parsed(path, format, parse):
     try: return parse()
     except InputError: raise
     except Exception as e:
-        why = f'{type(e).__name__}: {" ".join(str(e).split())[:80]}'
+        why = f'it lacks {e}' if isinstance(e, KeyError) else f'{type(e).__name__}: {" ".join(str(e).split())[:80]}'
         raise InputError(f'{path}: is no {format} file ({why}), expected an export of that kind') from e
 
 def read_drawing(
@@ -133,26 +143,37 @@ def _cvat_shape(e, where):
     get, kind = lambda *keys: [float(e.get(k)) for k in keys], e.tag
     if float(e.get('rotation', 0)): raise InputError(f'{where}: a {kind} is rotated, expected polygons or masks instead')
     if kind == 'polygon': data = _rings(where, (p.split(',') for p in e.get('points').split(';')))
-    elif kind == 'box': kind, data = 'rectangle', (tuple(get('xtl', 'ytl')), tuple(get('xbr', 'ybr')))
+    elif kind == 'box': kind, data = 'rectangle', _box(where, get('xtl', 'ytl'), get('xbr', 'ybr'))
     elif kind == 'ellipse':
         x, y, a, b = get('cx', 'cy', 'rx', 'ry')
-        data = ((x-a, y-b), (x+a, y+b))
+        data = _box(where, (x-a, y-b), (x+a, y+b))
     elif kind == 'mask':
-        left, top, w, h = map(int, get('left', 'top', 'width', 'height'))
+        (left, top), (w, h) = _pixel(where, *get('left', 'top')), _pixel(where, *get('width', 'height'))
         counts = [int(c) for c in e.get('rle').split(',')]
         data = (left, top, np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(h, w))
     else: data = ()
     return Shape(e.get('label'), kind, data)
 
-def _cvat(path):
+# %% ../nbs/01_data/02c_annotations.ipynb #f1be1001
+def _once(path, what, pairs):
+    "A table of pairs in which nothing is named twice."
     out = {}
-    for image in ET.fromstring(read_text(path, 'the XML file of CVAT').encode()).iter('image'):
+    for k, v in pairs:
+        if k in out: raise InputError(f'{path}: {what} {k!r} is there twice')
+        out[k] = v
+    return out
+
+def _cvat(path):
+    out, tree = [], ET.fromstring(read_text(path, 'the XML file of CVAT').encode())
+    for image in tree.iter('image'):
         where = f'{path}: {image.get("name")}'
         drawn = sorted((e for e in image if e.tag != 'tag'), key=lambda e: int(e.get('z_order', 0)))
         size = (int(image.get('height')), int(image.get('width')))
-        out[image.get('name')] = Outlines(size, tuple(_cvat_shape(e, where) for e in drawn))
+        out.append((image.get('name'), Outlines(size, tuple(_cvat_shape(e, where) for e in drawn))))
+    if not out and tree.find('track') is not None:
+        raise InputError(f'{path}: holds the tracks of a video, expected an export of the kind "CVAT for images"')
     if not out: raise ValueError('no image')
-    return out
+    return _once(path, 'image', out)
 
 # %% ../nbs/01_data/02c_annotations.ipynb #08ec9186
 def _decoded(size, segmentation):
@@ -160,16 +181,28 @@ def _decoded(size, segmentation):
     try: from pycocotools import mask
     except ImportError: raise InputError('COCO files need the package pycocotools: pip install "protonb[coco]"') from None
     s = segmentation
-    if isinstance(s, list) or isinstance(s['counts'], list): s = mask.frPyObjects(s, *size)
-    return np.asfortranarray(mask.decode(mask.merge(s) if isinstance(s, list) else s))
+    if isinstance(s, list):
+        rings = [r for r in s if len(r) > 4]         # two points have no area, and pycocotools takes four numbers for a box
+        if not all(len(r) % 2 == 0 and (np.abs(r) < 1e6).all() for r in rings): raise ValueError('a polygon has a corner at no pixel')
+        return mask.decode(mask.merge(mask.frPyObjects(rings, *size))) if rings else np.zeros(size, np.uint8)
+    (h, w), counts = size, s['counts']
+    if list(s['size']) != [h, w]: raise ValueError(f'counts for {s["size"]} pixels, its image has {[h, w]}')
+    if isinstance(counts, list) and (min(counts) < 0 or sum(counts) != h*w): raise ValueError(f'counts of other than {h*w} pixels')
+    return mask.decode(mask.frPyObjects(s, h, w) if isinstance(counts, list) else s)
 
+# %% ../nbs/01_data/02c_annotations.ipynb #f1be1002
 def _coco(path):
     d = json.loads(read_text(path, 'a COCO file'))
-    names, drawn = {c['id']: c['name'] for c in d['categories']}, {im['id']: [] for im in d['images']}
+    names = _once(path, 'category', ((c['id'], c['name']) for c in d['categories']))
+    drawn = _once(path, 'image', ((im['id'], []) for im in d['images']))
     for a in d['annotations']:
-        if not a.get('segmentation'): raise InputError(f'{path}: annotation {a.get("id")} has a box and no segmentation, expected outlines')
+        where = f'{path}: annotation {a.get("id")}'
+        if not a.get('segmentation'): raise InputError(f'{where} has a box and no segmentation, expected outlines')
+        for k, known in (('category_id', names), ('image_id', drawn)):
+            if a[k] not in known: raise InputError(f'{where} has {k} {a[k]}, which the file does not explain')
         drawn[a['image_id']].append(Shape(names[a['category_id']], 'coco', a['segmentation']))
-    return {im['file_name']: Outlines((int(im['height']), int(im['width'])), tuple(drawn[im['id']])) for im in d['images']}
+    sizes = ((im, (int(im['height']), int(im['width']))) for im in d['images'])
+    return _once(path, 'image', ((im['file_name'], Outlines(size, tuple(drawn[im['id']]))) for im, size in sizes))
 
 ALL_IN_ONE = dict(cvat=_cvat, coco=_coco)     # format -> path -> name of the photo -> `Outlines`
 
@@ -240,4 +273,4 @@ def read_painted(
     drawing = read_drawings(path.path, format)[path.name] if isinstance(path, Entry) else read_drawing(path, format)
     odd = next((s for s in drawing.shapes if not s.data and ids.get(s.name, 0) is not None), None)
     if odd: raise InputError(f'{path}: a {odd.name!r} is a {odd.kind} without area; draw a polygon or map it to "skip" in [names]')
-    return rasterise(drawing, ids, ground, path)
+    return _parsed(path, format, lambda: rasterise(drawing, ids, ground, path))

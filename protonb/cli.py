@@ -249,17 +249,18 @@ def find_images(
 def is_prediction(path, root, out):
     "Whether a file is a prediction: by its stamp or, in a folder of predictions below the images, by its name."
     if path.suffix != '.png' or not path.stem.endswith(tuple(f'_{kind}' for kind in FORMATS)): return False
-    out = Path(out).resolve() if out is not None else None
-    return bool(stamp_of(path)) or out is not None and root.resolve() in out.parents and out in path.resolve().parents
+    here = lambda p: Path(os.path.realpath(p))       # unlike Path.resolve, it takes a link to itself
+    out = here(out) if out is not None else None
+    return bool(stamp_of(path)) or out is not None and here(root) in out.parents and out in here(path).parents
 
 # %% ../nbs/07_shell/02_cli.ipynb #cl000005
 def predict(o:Predict):
     "protonb predict"
     items,run = find_images(o.images, o.out),open_with(o, o.run)
-    mine,device,bad = {p.resolve() for _,p in items},device_of(run),[]
+    mine,device,bad = {os.path.realpath(p) for _,p in items},device_of(run),[]
     for name,_ in items:
         for p in output_paths(o.out, name, o.format).values():
-            if p.resolve() in mine: raise InputError(f'{p}: is one of the images, and would be overwritten; give another --out')
+            if os.path.realpath(p) in mine: raise InputError(f'{p}: is one of the images, and would be overwritten; give another --out')
     done = predict_files(ready(run, o.look), items, o.out, run.space, overwrite=o.overwrite, device=device, formats=o.format,
                          mark=mark_of(run, o.look), at_once=o.at_once or (8 if device.type == 'cuda' else 1), damaged=bad)
     print(f'{o.out}: {done["written"]} images written, {done["skipped"]} were there')
@@ -366,6 +367,7 @@ def main(
     args=None,  # Words of the command line; those of the shell when left out
 )->int:         # Exit code: 0 done, 2 wrong input or a fault of the machine, 130 stopped
     "Entry point of `protonb`."
+    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='backslashreplace')     # names that a terminal cannot write
     try:
         with terminated():
             o = parse(sys.argv[1:] if args is None else args)

@@ -97,9 +97,10 @@ def _not_swallowed(ds, raw, path):
     if any(a.ndim == 2 and ((a > 0) & (a < IGNORE)).any() for a in (_raw(ds, p) for p in some)):
         ds.guessed = ()                 # other files number their classes, so 255 is what it is everywhere
         return
-    lost, other = ' and '.join(more[:2]) or first, (more or ['ignore'])[0]
-    raise InputError(f'{path}: holds 255 and no id but 0; 255 counts as ignore, so {lost} would never be seen. Say in a table '
-                     f'[ids] what the numbers mean, such as 0 = "{first}" and 255 = "{other}", or 255 = "ignore"')
+    lost, low, high = f'all else would be {first}', 'ignore', first
+    if more: lost, low, high = f'{" and ".join(more[:2])} would never be seen', first, more[0]
+    raise InputError(f'{path}: holds 255 and no id but 0; 255 counts as ignore, so {lost}. Say in a table [ids] what the numbers '
+                     f'mean, such as 0 = "{low}" and 255 = "{high}", or 255 = "ignore"')
 
 # %% ../nbs/01_data/03_datasets.ipynb #4af68259
 def _not_reordered(ds, raw, path):
@@ -312,13 +313,14 @@ def _toml(path):
 
 def _toml_places(path, k, split, where):
     "Refuse what is no folder."
-    good = isinstance(where, str) or k != 'lists' and isinstance(where, list) and where and all(isinstance(w, str) for w in where)
+    named = lambda w: isinstance(w, str) and '\0' not in w
+    good = named(where) or k != 'lists' and isinstance(where, list) and where and all(map(named, where))
     want = 'a text file' if k == 'lists' else 'a folder or a list of folders'
     if not good: raise InputError(f'{path}: {split} in [{k}] is {where!r}, expected {want}')
 
 # %% ../nbs/01_data/03_datasets.ipynb #0c1d5e4f
 def _places(config, where):
-    return [str(spelt(Path(config).parent/Path(w).expanduser())) for w in ([where] if isinstance(where, str) else where)]
+    return [str(spelt(Path(config).parent/os.path.expanduser(w))) for w in ([where] if isinstance(where, str) else where)]
 
 def _class_file(path, cfg):
     "The file in which an export lists its classes: named as such, or found beside or above the labels."
@@ -444,7 +446,8 @@ def _described(config):
     for name, splits in _EXPORTS.items():
         if (root/name).is_file(): return root/name, _with_classes(root/name, splits(root) | dict(name=root.resolve().name, classes=name))
     below = next((p for p in sorted(root.iterdir()) if p.is_dir() and any((p/name).is_file() for name in _EXPORTS)), None)
-    more = f'; one lies in {below}: give folder:{below}' if below else ''
+    below = below or next(iter(sorted(root.glob('*.toml'))), None)
+    more = f'; give folder:{below}' if below else ''
     raise InputError(f'{root}: is a folder, expected a TOML file or an export of CVAT, Pascal VOC or Supervisely, '
                      f'with {" or ".join(_EXPORTS)} in it{more}')
 
@@ -461,7 +464,9 @@ def folder(
     own = _toml_space(config, cfg)
     space = space or own
     _within(space, own, str(config))
-    if split not in cfg['images']: raise InputError(f'{config}: [images] has no split {split!r}, only: {", ".join(cfg["images"])}')
+    if split not in cfg['images']:
+        have = ', '.join(cfg['images'])
+        raise InputError(f'{config}: [images] has no split {split!r}, only: {have}; ",split=NAME" behind the path takes one')
     odd = [(k, s) for k in ('labels', 'lists') for s in cfg.get(k, {}) if s not in cfg['images']]
     for k, s in odd: raise InputError(f'{config}: [{k}] has a split {s!r} that [images] lacks, which has: {", ".join(cfg["images"])}')
     ids, colours = _toml_ids(config, cfg, own), _toml_colours(config, cfg, own, space)
@@ -540,8 +545,10 @@ def _tails(found):
 
 def _key_of(name, tails, where):
     "Key of what a list calls `name`; '' when there is no such file."
-    parts = name.replace('\\', '/').removeprefix('./').split('/')
-    for i in range(len(parts) if not parts[0] else 1):          # a path of another machine may be longer at its front
+    name = name.replace('\\', '/').removeprefix('./')
+    if name.startswith('../'): name = normal(os.path.abspath(Path(where).parent/name))
+    parts = name.split('/')
+    for i in range(len(parts) if not parts[0] or parts[0][1:] == ':' else 1):   # a path of another machine may be longer at its front
         tail = '/'.join(parts[i:])
         key = tails.get(tail, '')
         if key is None: return amiss('name in a list', where, f'{name!r} is there several times, expected its folder as well') or ''

@@ -156,7 +156,7 @@ def read_label(
     "Read a label file as the numbers that were written, or refuse."
     raw, im, depth = _samples(path, 'a label')
     bands = 1 if raw.ndim == 2 else len(im.getbands()) - ('A' in im.getbands())
-    altered = im.format in ('JPEG', 'MPO', 'WEBP')
+    altered = im.format in ('JPEG', 'MPO', 'WEBP', 'JPEG2000', 'AVIF')
     modes = ('RGB', 'RGBA', *(['L'] if altered and lossy == 'grey' else []))
     painted = colours and channel is None and im.mode in modes and depth == 8
     if altered and not (painted and lossy):
@@ -226,9 +226,14 @@ def _walk(folder, deep, above=()):
     if here in above: return
     with os.scandir(folder) as entries:
         for e in (e for e in entries if not e.name.startswith(('.', '__MACOSX'))):
-            if not e.is_dir(): yield e.path
+            try: inner = e.is_dir()
+            except OSError as why:                 # a link to itself: whoever reads a file says so
+                inner = False
+                if not Path(e.name).suffix: amiss('unreadable folder', e.path, f'cannot be listed ({why.strerror})')
+            if not inner: yield e.path
             elif deep: yield from _walk(e.path, deep, (*above, here))
 
+# %% ../nbs/01_data/02b_files.ipynb #f1be1000
 def files_below(
     folder,     # Folder
     what,       # What is expected in it, for the message

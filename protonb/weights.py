@@ -42,7 +42,8 @@ STAND_INS = [(number, f'numpy.{core}.multiarray.scalar') for core in ('core', '_
     ('numpy.dtype', 'numpy.ndarray', 'numpy.core.multiarray._reconstruct', 'numpy._core.multiarray._reconstruct', 'argparse.Namespace',
      'types.SimpleNamespace', 'pathlib.PosixPath', 'pathlib.WindowsPath', 'pathlib._local.PosixPath', 'pathlib._local.WindowsPath',
      'datetime.datetime', 'datetime.date', 'datetime.timedelta', 'mmengine.logging.history_buffer.HistoryBuffer',
-     *(f'{where}.{kind}' for where in ('builtins', '__builtin__') for kind in ('list', 'dict', 'int', 'long', 'float', 'str', 'bool')))] + [
+     *(f'{where}.{kind}' for where in ('builtins', '__builtin__') for kind in
+       'list dict int long float str bool frozenset complex slice range xrange bytearray'.split()))] + [
     (table, 'collections.defaultdict')]
 
 # %% ../nbs/03_models/04_weights.ipynb #afbd301d
@@ -56,13 +57,15 @@ def pickles(
         inner = next((n for n in z.namelist() if n.endswith('data.pkl')), None) if z else None
         with z.open(inner) if inner else open(path, 'rb') as f:
             while True:                                   # the old format holds several, one after the other
-                words = ['', '']
+                words,memo,last,wants,most = ['', ''],[],None,[],0
                 for op,arg,_ in pickletools.genops(f):
-                    if op.name == 'PROTO': protocol = max(protocol, arg)
-                    if isinstance(arg, str): words = [words[1], arg]
-                    if op.name in ('GLOBAL', 'INST'): found.append(arg.replace(' ', '.'))
-                    if op.name == 'STACK_GLOBAL': found.append('.'.join(words))
-                whole = True
+                    if op.name == 'PROTO': most = arg
+                    if op.name == 'MEMOIZE': memo.append(last)
+                    last = arg if isinstance(arg, str) else memo[arg] if op.name in ('BINGET', 'LONG_BINGET') and arg < len(memo) else None
+                    if isinstance(last, str): words = [words[1], last]
+                    if op.name in ('GLOBAL', 'INST'): wants.append(arg.replace(' ', '.'))
+                    if op.name == 'STACK_GLOBAL': wants.append('.'.join(words))
+                found,protocol,whole = found + wants,max(protocol, most),True    # what comes after the last one is no pickle
     except Exception: return (found, protocol) if 'whole' in locals() else None
 
 # %% ../nbs/03_models/04_weights.ipynb #c5930f66
@@ -95,7 +98,8 @@ def read_pickle(
     except InputError: raise
     except Exception as e:
         wants,protocol = pickles(path) or ([], 0)
-        odd = [w for w in wants if w not in {n for _,n in STAND_INS} and not w.startswith(('torch.', 'collections.', '_codecs.'))]
+        good = {'collections.OrderedDict', 'collections.Counter', *(n for _,n in STAND_INS)}
+        odd = [w for w in wants if w not in good and not w.startswith(('torch.', '_codecs.'))]
         if odd or any(w in str(e).lower() for w in UNSAFE):
             what = f'more than tensors ({", ".join(dict.fromkeys(odd[:3]))})' if odd else 'more than tensors'
             raise InputError(f'{path}: holds {what}, and reading it could run code; '

@@ -163,6 +163,8 @@ def test_255_is_not_swallowed(tmp_path, form):
     assert labels_of(toml) == [want]
     toml.write_text(text + '\n[ids]\n0 = "ground"\n255 = "ignore"')
     assert labels_of(toml) == [(np.array(want)*255).tolist()]
+    one = describe(tmp_path, more, classes={"ground": COLOURS["ground"]})
+    refused(lambda: labels_of(one), "all else would be ground", '0 = "ignore" and 255 = "ground"')
 
 
 def test_255_stays_what_it_is_where_ids_are_seen(tmp_path):
@@ -328,11 +330,12 @@ def test_folders_in_the_other_spelling(tmp_path, disk, said):
     refused(lambda: open_dataset(f"folder:{typed_root}/{typed('Fotos ö')}/d.toml"), "cannot be read")
 
 
-@pytest.mark.parametrize("text", ["image,label\nimg/a.png,lab/a.png\n", "# chosen by hand\n\na\n", '"img/a.png","lab/a.png"\n', "file_name\r\na.png\r\n", "filename;mask\na.png;a.png"])
+@pytest.mark.parametrize("text", ["image,label\nimg/a.png,lab/a.png\n", "# chosen by hand\n\na\n", '"img/a.png","lab/a.png"\n', "file_name\r\na.png\r\n", "filename;mask\na.png;a.png",
+    "D:\\data\\img\\a.png\n", "../" + "{here}/img/a.png ../{here}/lab/a.png\n"])
 def test_lists_with_a_head_comments_or_quotes(tmp_path, text):
     for n in "ab": save(tmp_path / f"img/{n}.png", PHOTO), save(tmp_path / f"lab/{n}.png", IDS)
     toml = describe(tmp_path, '[lists]\ntrain = "list.csv"\n')
-    (tmp_path / "list.csv").write_text(text, newline="")
+    (tmp_path / "list.csv").write_text(text.replace("{here}", tmp_path.name), newline="")
     assert folder(toml).names == ["a"] and labels_of(toml) == [IDS.tolist()]
     (tmp_path / "list.csv").write_text("image\n")                        # a list of one line is no head
     refused(lambda: folder(toml), "list.csv: 'image' is none of the 2 images")
@@ -535,8 +538,14 @@ def test_drawings_that_cannot_be(tmp_path):
     car = dict(label="car", points=SQUARE)
     for d, words in ((dict(labelme(car), imageHeight=10**6, imageWidth=10**7), "PROTONB_MAX_PIXELS"),
             (labelme(dict(car, points=[[float("nan"), 1], [2, 2]])), "no pixel"), (labelme(dict(car, points=[[1, 1]])), "fewer than two points"),
-            ([], "is no labelme file"), (labelme(dict(car, label=["car"])), "unknown class")):
+            ([], "is no labelme file"), (labelme(dict(car, label=["car"])), "unknown class"),
+            (dict(labelme(car), imageWidth=-4), "a photo of -4x3 pixels"), (labelme(dict(car, shape_type="rectangle", points=[[1, 1]])), "two points"),
+            (labelme(dict(car, shape_type="rectangle", points=[[0, float("nan")], [1, 1]])), "no pixel"),
+            (labelme(dict(car, shape_type="circle", points=[[0, 0], [float("inf"), 1]])), "no pixel"),
+            (labelme(dict(car, shape_type="mask", points=[[0, 0], [1, 1]], mask="AAAA")), "a mask is no picture")):
         refused(lambda: labels_of(outlined(tmp_path, "labelme", {"ann/a.json": d})), "ann/a.json", words)
+    four = dict(car, shape_type="rectangle", points=[[1, 0], [2, 0], [2, 1], [1, 1]])           # new versions keep all corners
+    assert labels_of(outlined(tmp_path, "labelme", {"ann/a.json": labelme(four)})) == [WANT.tolist()]
     f = io.BytesIO()
     Image.fromarray(PHOTO).save(f, "PNG")
     old = dict(shapes=[car], imageData=base64.b64encode(f.getvalue()).decode())               # LabelMe 3 wrote no sizes
@@ -582,8 +591,12 @@ def test_cvat(tmp_path):
     refused(lambda: folder(toml), "none of 1 images has a label", "annotations.xml")     # the photo is no job/a.jpg
     save(tmp_path / "img/job/a.jpg", PHOTO)
     assert labels_of(toml) == [want.tolist()] and folder(toml).names == ["a"]
+    turned = outlined(tmp_path, "cvat", {"turned.xml": CVAT.replace('xtl="0"', 'xtl="3"').replace('xbr="3"', 'xbr="0"')}, labels="turned.xml", more='only_labelled = true')
+    assert labels_of(turned) == [want.tolist()]
     for bad, words in ((CVAT.replace("box", "polyline"), ["'ground' is a polyline"]), (CVAT.replace('label="car"', 'label="van"'), ["'van'", "a.jpg"]),
-            (CVAT[:-30], ["is no cvat file"]), (CVAT.replace('rle="0, 1, 1, 2"', 'rle="0, 1"'), ["is no cvat file"])):
+            (CVAT[:-30], ["is no cvat file"]), (CVAT.replace('rle="0, 1, 1, 2"', 'rle="0, 1"'), ["is no cvat file"]),
+            (CVAT.replace("other.jpg", "job/a.jpg"), ["image 'job/a.jpg' is there twice"]), (CVAT.replace('xbr="3"', 'xbr="nan"'), ["a.jpg", "no pixel"]),
+            ('<annotations><track id="0" label="car"/></annotations>', ["tracks of a video", "CVAT for images"])):
         toml = outlined(tmp_path, "cvat", {"other.xml": bad}, labels="other.xml", more='only_labelled = true')
         refused(lambda: labels_of(toml), *words)
         (tmp_path / "other.xml").unlink()
@@ -607,6 +620,23 @@ def test_coco(tmp_path):
     ann.append(dict(id=7, image_id=5, category_id=30, bbox=[0, 0, 1, 1], segmentation=[]))
     refused(lambda: folder(outlined(tmp_path, "coco", {"boxes.json": d}, labels="boxes.json")), "annotation 7 has a box")
     refused(lambda: folder(outlined(tmp_path, "coco", {"half.json": dict(images=[])}, labels="half.json")), "is no coco file")
+
+
+@pytest.mark.parametrize("outline, words", [(dict(size=[4, 3], counts=[0, 12]), "counts for [4, 3]"), (dict(size=[3, 4], counts=[5, 5]), "of other than 12"),
+    (dict(size=[3, 4], counts=[5, 500]), "of other than 12"), (dict(size=[3, 4], counts=[-5, 17]), "of other than 12"), (dict(size=[3, 4], counts="zz!!"), "Invalid RLE"),
+    ([[1, 0, 3, 0, 3, float("nan")]], "no pixel"), ([[1, 0, 3, 0, 1e12, 2]], "no pixel"), ([[1, 0, 3, 0, 3]], "no pixel"), ([[1, 0, 3, 2]], None),
+    (dict(image_id=9), "image_id 9"), (dict(category_id=9), "category_id 9"), (dict(file_name="a.jpg"), "'a.jpg' is there twice"), (dict(id=10), "category 10 is there twice")])
+def test_coco_that_pycocotools_would_believe(outline, words, tmp_path):
+    pytest.importorskip("pycocotools")
+    d = dict(images=[dict(id=5, file_name="a.jpg", height=3, width=4)], categories=[dict(id=10, name="ground"), dict(id=30, name="car")],
+        annotations=[dict(id=1, image_id=5, category_id=30, segmentation=[[1, 0, 3, 0, 3, 2, 1, 2]])])
+    if isinstance(outline, list) or "size" in outline: d["annotations"].append(dict(id=2, image_id=5, category_id=10, segmentation=outline))
+    elif "file_name" in outline: d["images"].append(dict(d["images"][0], id=6))
+    elif "id" in outline: d["categories"].append(dict(id=10, name="tree"))
+    else: d["annotations"][0].update(outline)
+    made = lambda: labels_of(outlined(tmp_path, "coco", {"ann.json": d}, labels="ann.json"))
+    refused(made, "ann.json", words) if words else None
+    if not words: assert made() == [WANT.tolist()]           # two points have no area, and are no box either
 
 
 def test_background_is_what_nobody_drew_on(tmp_path):
@@ -950,7 +980,7 @@ def test_supervisely_projects_are_opened_as_they_are(tmp_path):
     assert folder(root / "own.toml")[0][1].tolist() == WANT.tolist()              # the classes of meta.json, as none are given
     (root / "own.toml").write_text((root / "own.toml").read_text() + '\nnames = {car = "ground"}')
     assert folder(root / "own.toml").space.classes == ("ground",) and folder(root / "own.toml")[0][1].max() == 255
-    for bad, words in (({}, "KeyError"), (dict(classes=[]), "no class with a colour"), (dict(classes=[meta["classes"][2]]), "no class with a colour"),
+    for bad, words in (({}, "it lacks"), (dict(classes=[]), "no class with a colour"), (dict(classes=[meta["classes"][2]]), "no class with a colour"),
             (dict(classes=[dict(title="car", color="red")]), "ValueError"), (dict(classes=[meta["classes"][1]]*2), "is there twice")):
         (root / "meta.json").write_text(json.dumps(bad))
         refused(lambda: folder(root), "meta.json: is no supervisely file", words)
@@ -1102,3 +1132,12 @@ def test_notes_that_mean_nothing(tmp_path):
     for name, exif in (("a.jpg", note), ("b.jpg", b"Exif\0\0no notes at all")):
         p = save(tmp_path / name, PHOTO, exif=exif)
         assert read_image(p).shape == (3, 4, 3) and image_size(p) == (3, 4)
+
+
+def test_a_name_that_the_terminal_cannot_write(tmp_path, monkeypatch):
+    save(tmp_path / "img/\U0001f697.png", PHOTO), save(tmp_path / "lab/\U0001f697.png", IDS[:2])
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert main(["data", "check", f"folder:{describe(tmp_path, '')}"]) == 2
+    terminal.flush()
+    assert b"lab/\\U0001f697.png: is 4x2" in terminal.buffer.getvalue()

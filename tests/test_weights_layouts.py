@@ -288,7 +288,7 @@ def test_the_prototype_file_runs_nothing(tmp_path):
 
 def test_numbers_and_notes_of_any_numpy_are_read(tmp_path):
     beside = dict(a=np.float64(.5), b=np.int64(3), c=np.float32(.25), d=np.bool_(True), e=np.arange(5.), f=[np.float16(2)], g=Namespace(x=1),
-                  h=Path("x"), i=np.str_("best"), j={1, 2}, k=np.random.get_state())
+                  h=Path("x"), i=np.str_("best"), j={1, 2}, l=frozenset([1]), m=slice(1), n=1j, o=range(3), k=np.random.get_state())
     torch.save(dict(state_dict={"w": torch.ones(2)}, **beside), tmp_path / "new.pth")
     with zipfile.ZipFile(tmp_path / "new.pth") as z, zipfile.ZipFile(tmp_path / "old.pth", "w") as old:
         for n in z.namelist(): old.writestr(n, z.read(n).replace(b"cnumpy._core.", b"cnumpy.core."))
@@ -312,6 +312,12 @@ def test_functions_of_numpy_are_not_called(tmp_path):
         def __reduce__(self): return np.load, ("x.npy",)
     torch.save(dict(state_dict={"w": torch.ones(2)}, x=Load()), tmp_path / "w.pth")
     with pytest.raises(InputError, match="numpy.*could run code"): read_file(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_a_protocol_that_nobody_writes_is_named(protocol, tmp_path):
+    torch.save({"module.w": torch.ones(2), "module.b": torch.ones(2)}, tmp_path / "w.pth", pickle_protocol=protocol)
+    assert f"pickle protocol {protocol}; torch.save writes 2" in said(tmp_path / "w.pth")      # and no word of code
 
 
 def test_scripts_and_whole_modules_are_refused(tmp_path):
