@@ -34,7 +34,7 @@ from protonb.weak_labels import WeakLabels
 RESULTS = Path(__file__).resolve().parent/'streets.csv'
 KEY = ['stage', 'seed', 'network']
 COLUMNS = [*KEY, 'steps', 'batch', 'miou', 'seen', 'accuracy', 'torch', 'date', 'command']
-STAGES = ['start', 'adabn', 'source_only', 'colours', 'oracle', 'iapc', 'pbal', 'views', 'proda', 'wdass', 'fine_tuning', 'pixda', 'joint', 'mixteacher']
+STAGES = ['start', 'adabn', 'source_only', 'oracle', 'iapc', 'pbal', 'views', 'proda', 'wdass', 'fine_tuning', 'pixda', 'joint', 'mixteacher']
 KINDS, SHOTS, CITIES = ('image', 'point', 'coarse'), (1, 5), 18
 TITLES = dict(warm_up='warm-up', bpl='BPL', pst='PST', distill_1='distillation 1', distill_2='distillation 2')
 
@@ -104,9 +104,8 @@ class Bench:
         "Title -> network, one after the other."
         net, data = self.start(), self.data
         if name == 'start': yield 'start', net
-        elif name in ('source_only', 'colours'):
-            cfg = replace(self.settings('source-only'), **dict(colour=.25) if name == 'colours' else {})
-            net = self.train('source-only', name, net, cfg, data['source'])
+        elif name == 'source_only':
+            net = self.train('source-only', name, net, self.settings('source-only'), data['source'])
             yield name, net
             yield f'{name}, AdaBN', adapt_statistics(net, data['target'])
         elif name == 'oracle': yield name, self.labelled(name, data['target'], net)
