@@ -141,7 +141,8 @@ def judge_of(
     "The validator that `--best` names, of a copy of the network, fed as it will be at test time."
     said = f'--best {job.run.best}: {job.method.name}'
     if job.target is None: raise InputError(f'{said} has no target images to ask; expected a method that adapts')
-    if job.method.networks == 'features': raise InputError(f'{said} trains features, which cannot segment yet; expected a method with a classifier')
+    if job.method.networks == 'features':
+        raise InputError(f'{said} trains features, which cannot segment yet; expected a method with a classifier')
     def judge(parts):
         look = looks(segmenter(frozen(parts['net']), job.method.feed(job.cfg)), job.target, images=images)
         return VALIDATORS[job.run.best](look)

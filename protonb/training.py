@@ -51,7 +51,7 @@ class Train:
     log_every:Steps = 10         # Steps from one row of metrics.csv to the next
     checkpoint_every:Steps = 200  # Steps from one checkpoint to the next
     keep:Steps = 2               # Checkpoints of a stage that stay on disk, the final one included
-    best:Literal['', 'entropy', 'information', 'density', 'views', 'margin'] = ''  # Keep the best checkpoint by this validator too, in best/
+    best:Literal['', 'entropy', 'information', 'density', 'views', 'margin'] = ''  # Also keep the best checkpoint by this validator
     skip_nonfinite:bool = False  # Leave out an update with a loss or gradient that is not finite, and count it in metrics.csv
 
 # %% ../nbs/04_learning/02_training.ipynb #80d32981
@@ -572,7 +572,7 @@ def judged_by(
 
 def _keep_best(run, name, meta):
     "Replace the best checkpoint by this one if its score is higher."
-    if (judge := _judge.get()) is None: raise InputError(f'best is {run.cfg.best!r}, but there is nobody to judge; train inside `judged_by`')
+    if (judge := _judge.get()) is None: raise InputError(f'best is {run.cfg.best!r}, but nobody judges; train inside `judged_by`')
     home,score = run.dir/'best'/run.cfg.best,judge(run.parts)
     try: held = checkpoint_info(home)['score']
     except (InputError, KeyError): held = -math.inf              # none yet, or a damaged one
