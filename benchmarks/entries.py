@@ -313,6 +313,32 @@ def contrast_bytes(case, mode):
     return (case['N']+case['M'])*rows+8*(case['N']+case['M'])+4*case['N']+(case['N']*rows if mode == 'both' else 0)
 
 
+# ------------------------------------------------------------------------------------------------ density of neighbours
+
+def density_case(N, C, dtype=torch.float32, **more): return dict(shape=f'{N}x{C}', N=N, C=C, dtype=dtype, **more)
+
+
+def density_cases(device, quick):
+    if quick: return [density_case(70, 19)]
+    if device == 'cpu': return [density_case(16384, 19), density_case(16384, 64)]
+    return [density_case(16384, 19, compiled=True), density_case(16384, 64, torch.bfloat16, compiled=True), density_case(65536, 64, torch.bfloat16)]
+
+
+def density_inputs(case, device):
+    "Rows of length 1."
+    x = torch.randn(case['N'], case['C'], generator=torch.Generator().manual_seed(0))
+    return dict(x=F.normalize(x, dim=1).to(device, case['dtype']), leaves=[])
+
+
+def density_ours(i): return ops.soft_neighbourhood_density(i['x'])
+
+
+def density_stored(i):
+    "The whole (N,N) matrix, its softmax, and the logarithm of that."
+    s = ((i['x']@i['x'].T).float()/.05).fill_diagonal_(-torch.inf)
+    return torch.special.entr(s.softmax(1)).sum(1).mean()
+
+
 # ------------------------------------------------------------------------------------------------ all of them, and the goals on a CPU
 
 def map_flops(forward, both):
@@ -345,6 +371,10 @@ ENTRIES = [
     Entry('prototype_contrast', contrast_cases, contrast_inputs, contrast_providers, contrast_bytes,
           lambda case, mode: 2*case['N']*case['M']*case['C']*(1 if mode == 'forward' else 2),
           modes=('both',), cpu_tests=['tests/test_contrast.py'], gpu_tests=['tests/test_kernels_contrast.py'], rounding={torch.float32: 1e-3, torch.bfloat16: .1}),
+    Entry('soft_neighbourhood_density', density_cases, density_inputs,
+          lambda case, device: dict(ours=density_ours)|reference(density_ours, device)|with_compiled(case, device, stored=density_stored),
+          lambda case, mode: case['N']*case['C']*case['dtype'].itemsize, lambda case, mode: 2*case['N']**2*case['C'], modes=('forward',),
+          cpu_tests=['tests/test_density.py'], gpu_tests=['tests/test_kernels_density.py']),
 ]
 
 MAIN, FEATURES_MB = '2x256x65x129 K=19', 2*256*65*129*4/1e6
@@ -353,4 +383,5 @@ GOALS = [
     dict(op='prototype_cross_entropy', mode='both', shape=MAIN, faster={'class loop': 45, 'einsum + cross_entropy': 4}, extra_MB=.1*FEATURES_MB),
     dict(op='nearest_prototype', mode='forward', shape=MAIN, faster={'cdist + argmin': 5}, extra_MB=.1*FEATURES_MB),
     dict(op='prototype_contrast', mode='both', shape='65536x3800x256 K=19', faster={'stored': 1/1.2}, extra_MB=64*1.048576),
+    dict(op='soft_neighbourhood_density', mode='forward', shape='16384x64', faster={'stored': 1/1.2}, extra_MB=64*1.048576),
 ]

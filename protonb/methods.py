@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'TARGETS', 'LABELLED', 'Method', 'require_room', 'Job', 'accelerator_of', 'run_of', 'notes', 'begin',
-           'learn', 'train']
+           'learn', 'judge_of', 'train']
 
 # %% ../nbs/04_learning/14_methods.ipynb #dbc169ee
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from accelerate import Accelerator
 from .core import InputError
 from .datasets import require_labels
-from .feeding import Feed
+from .feeding import Feed, segmenter
 from .folders import claimed, require_own
 from .settings import check
 from .streams import feed, stacked
-from .training import Train, accelerator_for, fit
+from .teachers import frozen
+from .training import Train, accelerator_for, fit, judged_by
+from .validators import VALIDATORS, looks
 
 # %% ../nbs/04_learning/14_methods.ipynb #f7a87e88
 SOURCES = dict(labelled='labelled source images', model='a network trained on the source; its images are not needed')
@@ -130,6 +133,21 @@ def learn(
     config = how.pop('config') | dict(hyper=asdict(job.cfg if hyper is None else hyper))
     return fit(step, feed(make, run, acc, collate or stacked), parts, run, stage=job.stage, config=config, accelerator=acc, **how)
 
+# %% ../nbs/04_learning/14_methods.ipynb #5aab6e8d
+def judge_of(
+    job:Job,    # Its target images are asked, without their labels
+    images=32,  # How many of them at most
+):              # parts of a checkpoint -> score, higher is better
+    "The validator that `--best` names, of a copy of the network, fed as it will be at test time."
+    said = f'--best {job.run.best}: {job.method.name}'
+    if job.target is None: raise InputError(f'{said} has no target images to ask; expected a method that adapts')
+    if job.method.networks == 'features':
+        raise InputError(f'{said} trains features, which cannot segment yet; expected a method with a classifier')
+    def judge(parts):
+        look = looks(segmenter(frozen(parts['net']), job.method.feed(job.cfg)), job.target, images=images)
+        return VALIDATORS[job.run.best](look)
+    return judge
+
 # %% ../nbs/04_learning/14_methods.ipynb #0aa5ac2f
 def train(
     job:Job,      # A method and its data
@@ -145,7 +163,8 @@ def train(
         if teaches and data is not None: require_labels(getattr(data, 'few', data), role)
     with claimed(job.run_dir, accelerator_of(job).is_main_process):
         require_own(job.run_dir, job.method.name, names)
-        for job.stage,stage in job.method.stages:
-            done = stage(job)
-            if not done['finished'] or done.get('stopped') or job.stage == until: break
+        with judged_by(judge_of(job)) if job.run.best else nullcontext():
+            for job.stage,stage in job.method.stages:
+                done = stage(job)
+                if not done['finished'] or done.get('stopped') or job.stage == until: break
     return done | dict(stage=job.stage, net=job.net)

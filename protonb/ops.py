@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_CLASSES', 'no_triton', 'use_backend', 'masked_average_pool', 'pool_and_pass', 'prototype_logits',
-           'nearest_prototype', 'prototype_cross_entropy', 'logits_cross_entropy', 'prototype_contrast']
+           'nearest_prototype', 'prototype_cross_entropy', 'logits_cross_entropy', 'prototype_contrast',
+           'soft_neighbourhood_density']
 
 # %% ../nbs/02_ops/04_ops.ipynb #a9b7dff1
 import importlib, math, os
@@ -13,7 +14,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 from torch.library import custom_op
-from . import contrast, distance, pooling
+from . import contrast, density, distance, pooling
 from .distance import METRICS
 from .pooling import full_precision, wide
 
@@ -509,3 +510,27 @@ def _contrast_loss(q, y, k, t, w, temperature, ignore_index, reduction):
     each,counts,*_ = torch.ops.protonb.prototype_contrast(q, y, k, t, w, temperature, ignore_index, need_q)
     if reduction == 'none': return each
     return each.sum() if reduction == 'sum' else each.sum()/counts.sum().clamp(min=1)
+
+# %% ../nbs/02_ops/04_ops.ipynb #d34936e3
+@custom_op('protonb::soft_neighbourhood_density', mutates_args=())
+def _density(x:Tensor, temperature:float) -> Tensor:
+    with full_precision(x): return _halves('density', density, x).density_fwd(x, temperature)
+
+@_density.register_fake
+def _(x, temperature): return x.new_empty(len(x), dtype=wide(x.dtype))
+
+# %% ../nbs/02_ops/04_ops.ipynb #db22a58a
+@torch.no_grad()
+def soft_neighbourhood_density(
+    features,               # (N,C), taken as they are: normalise them first for cosines
+    *,
+    temperature:float=.05,  # Divides the products
+    reduction:str='mean',   # 'mean' over the rows (0 if none), 'sum', or 'none' -> (N,)
+)->Tensor:                  # 0-d, or (N,); no gradient
+    "How many neighbours the rows have: the entropy of each row's softmax over its products with all other rows."
+    _want_rows(features, 'features', '(N,C)')
+    _want_temperature(temperature)
+    _want_one_of(reduction, 'reduction', ('mean', 'sum', 'none'))
+    if _eager(features): return density.neighbourhood_density_ref(features, temperature=temperature, reduction=reduction)
+    each = torch.ops.protonb.soft_neighbourhood_density(features, temperature)
+    return each if reduction == 'none' else each.sum() if reduction == 'sum' else each.sum()/max(1, len(each))

@@ -27,9 +27,9 @@ from .pseudo_labels import PartlyLabelled, Unlabelled
 
 # %% ../nbs/07_shell/01a_options.ipynb #5a3e3935
 from .recipes import Situation
-from .runs import ADAPTABLE, DIP_NETWORKS, METHODS, NETWORKS, FileOptions, open_file, read_config, start_kind
+from .runs import ADAPTABLE, DIP_NETWORKS, METHODS, NETWORKS, FileOptions, open_any, open_file, read_config, start_kind
 from .settings import Seed, Steps, checked_dataclass, Whole
-from .training import Train
+from .training import Train, accelerator_for
 from .weak_labels import WeakLabels, cityscapes_weak
 
 # %% ../nbs/07_shell/01a_options.ipynb #4bf1c774
@@ -162,12 +162,25 @@ def open_target(
     if m.target == 'any': return _any(o, space)
     return probe(dict(weak=_weak, few=_few, support=_support)[m.target](o, space), role=f'--target {o.target}')
 
+# %% ../nbs/07_shell/01a_options.ipynb #cl000001
+def space_said(
+    words:str,  # Name of a class space, or kind:path
+):              # ClassSpace, or None for ''
+    "The classes that were named, or those of a data set."
+    return open_dataset(words, 'train', labelled=False).space if ':' in words else space_named(words)
+
+def open_with(o, path, data=''):
+    "The run or weight file of a command."
+    if not path.exists(): raise InputError(f'{path}: no such run folder or weight file')
+    if path.is_file() and not o.file.net: raise InputError(f'{path}: a bare weight file; say its network by --net')
+    named,guess = (None, None) if path.is_dir() else (space_said(o.file.classes), space_said(data))
+    return open_any(path, o.file, named, accelerator_for(Train(device=o.device)).device, guess)
+
 # %% ../nbs/07_shell/01a_options.ipynb #op000001
 def start_config(o):
     "What is known of a source model: its network and its classes."
     if not o.start.is_file(): return read_config(o.start)[1]['config']
-    named = open_dataset(o.classes, 'train', labelled=False).space if ':' in o.classes else space_named(o.classes)
-    return open_file(o.start, FileOptions(o.net, entry=o.entry), named, tell=lambda sentence: None).config
+    return open_file(o.start, FileOptions(o.net, entry=o.entry), space_said(o.classes), tell=lambda sentence: None).config
 
 # %% ../nbs/07_shell/01a_options.ipynb #1f3b32ff
 def habits(

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FREE', 'Train', 'accelerator_for', 'seed_everything', 'poly_lr', 'pack', 'unpack', 'bare', 'save_checkpoint',
            'checkpoint_info', 'checkpoint_folder', 'load_checkpoint', 'checkpoints', 'latest_checkpoint',
-           'newest_states', 'append_row', 'read_metrics', 'stop_signals', 'changes', 'versions', 'Diverged', 'fit']
+           'newest_states', 'append_row', 'read_metrics', 'stop_signals', 'changes', 'versions', 'Diverged',
+           'judged_by', 'fit']
 
 # %% ../nbs/04_learning/02_training.ipynb #acb28baa
 import warnings
@@ -17,6 +18,7 @@ with warnings.catch_warnings():     # before accelerate imports it; without ipyw
 import csv, errno, hashlib, io, json, math, os, platform, random, re, shutil, signal, sys, threading, time
 from collections import Counter
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, islice
@@ -49,6 +51,7 @@ class Train:
     log_every:Steps = 10         # Steps from one row of metrics.csv to the next
     checkpoint_every:Steps = 200  # Steps from one checkpoint to the next
     keep:Steps = 2               # Checkpoints of a stage that stay on disk, the final one included
+    best:Literal['', 'entropy', 'information', 'density', 'views', 'margin'] = ''  # Also keep the best checkpoint by this validator
     skip_nonfinite:bool = False  # Leave out an update with a loss or gradient that is not finite, and count it in metrics.csv
 
 # %% ../nbs/04_learning/02_training.ipynb #80d32981
@@ -377,7 +380,7 @@ def _agreement(acc):
     finally: torch.distributed.destroy_process_group(group)
 
 # %% ../nbs/04_learning/02_training.ipynb #d3ca27a5
-FREE = {f'train.{n}' for n in ('workers', 'log_every', 'checkpoint_every', 'keep', 'device', 'batch_size', 'skip_nonfinite')}
+FREE = {f'train.{n}' for n in ('workers', 'log_every', 'checkpoint_every', 'keep', 'device', 'batch_size', 'best', 'skip_nonfinite')}
 FREE |= {'config.feed.width'}     # older runs lack it
 
 def _plain(value):
@@ -555,6 +558,30 @@ def _not_finite(parts):
     name, t = every[int((~fine).nonzero()[0])]
     return f'{name} holds {"NaN" if t.isnan().any() else "infinite values"}'
 
+# %% ../nbs/04_learning/02_training.ipynb #bff38c20
+_judge = ContextVar('judge', default=None)
+
+@contextmanager
+def judged_by(
+    judge,  # name -> part -> score, higher is better; it must leave the parts and all random states as they are
+):
+    "Inside, `fit` keeps the best checkpoint by this score where `Train.best` names one."
+    token = _judge.set(judge)
+    try: yield
+    finally: _judge.reset(token)
+
+def _keep_best(run, name, meta):
+    "Replace the best checkpoint by this one if its score is higher."
+    if (judge := _judge.get()) is None: raise InputError(f'best is {run.cfg.best!r}, but nobody judges; train inside `judged_by`')
+    home,score = run.dir/'best'/run.cfg.best,judge(run.parts)
+    try: held = checkpoint_info(home)['score']
+    except (InputError, KeyError): held = -math.inf              # none yet, or a damaged one
+    if not score > held: return
+    with atomic_path(home, sync=True) as scratch:
+        scratch.mkdir()
+        _write_json(scratch/'config.json', {run.stage: run.meta})
+        save_checkpoint(scratch/'checkpoints'/name, dict(net=run.parts['net']), meta | dict(score=score))
+
 # %% ../nbs/04_learning/02_training.ipynb #b7d0b6fe
 def _save(run):
     "A checkpoint of all processes together, written by the main one."
@@ -565,6 +592,7 @@ def _save(run):
         if not (run.dir/'config.json').exists(): raise OSError(errno.ENOENT, 'is gone, though the run goes on', str(run.dir/'config.json'))
         folder = run.dir/'checkpoints'/f'{run.stage}-{run.done:07d}'
         meta = {'stage': run.stage, 'step': run.done, 'time': time.time(), **run.meta}
+        if run.cfg.best and (run.done == run.cfg.steps or run.done % run.cfg.checkpoint_every == 0): _keep_best(run, folder.name, meta)
         save_checkpoint(folder, {**run.parts, 'loop': loop}, meta)
         _tidy(run)
     run.acc.wait_for_everyone()

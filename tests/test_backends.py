@@ -7,7 +7,7 @@ import torch
 from torch.library import opcheck
 from protonb import ops
 from protonb.ops import (logits_cross_entropy, masked_average_pool, nearest_prototype, pool_and_pass, prototype_contrast, prototype_cross_entropy,
-                         prototype_logits, use_backend)
+                         prototype_logits, soft_neighbourhood_density, use_backend)
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 BACKENDS = ['torch', 'triton']
@@ -43,7 +43,8 @@ def samples():
         cross_entropy_each=(O.prototype_cross_entropy, (x, q, y, None, 'sqeuclidean', 1., 255, 'none')),
         upsampled=(O.logits_cross_entropy, (rand(2, 3, 3, 4, grad=True), ids(2, 5, 9, classes=3), valid, 255, 'mean')),
         contrast=(O.prototype_contrast, (rand(6, 5, grad=True), s, k, t, w, .5, 255, True)),
-        contrast_fixed=(O.prototype_contrast, (rand(6, 5), s, k.detach(), t, None, .1, 255, False)))
+        contrast_fixed=(O.prototype_contrast, (rand(6, 5), s, k.detach(), t, None, .1, 255, False)),
+        density=(O.soft_neighbourhood_density, (rand(6, 5), .05)))
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
@@ -130,6 +131,14 @@ def test_kernels_are_really_called(monkeypatch):
     assert not started
     with use_backend('triton'): training_step(*step_inputs()).backward()
     assert {n.split('_')[0] for n in started} >= {'pool', 'logits', 'nearest', 'cross', 'upsampled', 'contrast'}
+    with use_backend('triton'): by_kernel = soft_neighbourhood_density(rand(6, 5))
+    assert started[-1] == 'density_kernel'
+    with use_backend('torch'): torch.testing.assert_close(by_kernel, soft_neighbourhood_density(rand(6, 5)))
+
+
+def test_the_density_compiles():
+    whole = torch.compile(soft_neighbourhood_density, fullgraph=True, backend='aot_eager')
+    torch.testing.assert_close(whole(rand(6, 5)), soft_neighbourhood_density(rand(6, 5)))
 
 
 # ------------------------------------------------------------------------------------------------ which code runs, and what is refused

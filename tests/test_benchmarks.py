@@ -50,7 +50,8 @@ def test_each_provider_in_its_process(args, monkeypatch, capsys, slow):
 
 def test_every_operation_has_an_entry_and_goals_name_real_ones():
     names = {e.name for e in ENTRIES}
-    assert names == {'masked_average_pool', 'prototype_cross_entropy', 'prototype_logits', 'nearest_prototype', 'logits_cross_entropy', 'prototype_contrast'}
+    assert names == {'masked_average_pool', 'prototype_cross_entropy', 'prototype_logits', 'nearest_prototype', 'logits_cross_entropy', 'prototype_contrast',
+                     'soft_neighbourhood_density'}
     for g in GOALS:
         entry = next(e for e in ENTRIES if e.name == g['op'])
         case = next(c for c in entry.cases('cpu', False) if c['shape'] == g['shape'])

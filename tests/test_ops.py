@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from protonb import distance, pooling
 from protonb.distance import METRICS
 from protonb.ops import (logits_cross_entropy, masked_average_pool, nearest_prototype, pool_and_pass, prototype_contrast,
-                         prototype_cross_entropy, prototype_logits, use_backend)
+                         prototype_cross_entropy, prototype_logits, soft_neighbourhood_density, use_backend)
 from protonb.pooling import grid_masks, labels_on_grid, soft_masks
 
 spec = importlib.util.spec_from_file_location('dip_head', Path(__file__).parents[1]/'benchmarks'/'dip_head.py')
@@ -574,6 +574,10 @@ MISTAKES = [
     (ValueError, r'key_weights holds negative or non-finite numbers', lambda: contrast(key_weights=torch.full((4,), -1.))),
     (TypeError, r'ignore_index is float 1.5, want an int', lambda: contrast(ignore_index=1.5)),
     (ValueError, r"reduction is 'max', want one of 'mean', 'sum', 'none'", lambda: contrast(reduction='max')),
+    (TypeError, r'features is int64 \(4, 6\), want a float tensor \(N,C\)', lambda: soft_neighbourhood_density(QK.long())),
+    (ValueError, r'features is float32 \(24,\), want \(N,C\)', lambda: soft_neighbourhood_density(QK.flatten())),
+    (ValueError, r'temperature is 0, want a number above 0', lambda: soft_neighbourhood_density(QK, temperature=0)),
+    (ValueError, r"reduction is 'max', want one of 'mean', 'sum', 'none'", lambda: soft_neighbourhood_density(QK, reduction='max')),
     (ValueError, r"backend is 'cuda', want 'auto', 'torch' or 'triton'", lambda: use_backend('cuda')),
 ]
 

@@ -41,7 +41,7 @@ def run(title, command, **env):
 
 # How a processor's BLAS adds must not decide what is right: the operations again under other settings of it, and with one that keeps no order at all.
 # (MKL_CBWR is Intel's "conditional bitwise reproducibility"; a torch with another BLAS does not look at it.)
-OPERATIONS = [f"tests/test_{n}.py" for n in ("ops", "contrast", "weighted_prototypes")]
+OPERATIONS = [f"tests/test_{n}.py" for n in ("ops", "contrast", "density", "weighted_prototypes")]
 METHODS = [f"tests/test_{n}.py" for n in ("dip", "iapc", "pbal", "proda", "distillation", "pixda", "wdass")]
 SETTINGS = [("MKL_CBWR=COMPATIBLE", dict(MKL_CBWR="COMPATIBLE")), ("MKL_CBWR=AVX2", dict(MKL_CBWR="AVX2")),
             ("4 threads", dict(OMP_NUM_THREADS="4", PROTONB_TEST_THREADS="4"))]
