@@ -136,7 +136,7 @@ def read_config(
 def require_same(run_dir, meta, path):
     "The config of a run, if it says what the checkpoint says: a damaged config.json would build another network, or feed it otherwise."
     info = checkpoint_info(path)
-    if differ := changes(meta, info) if 'config' in info else ():       # one that was made by hand has no settings
+    if differ := changes(info, meta, newer=True) if 'config' in info else ():       # one that was made by hand has no settings
         raise InputError(f'{Path(run_dir, "config.json")}: is not that of the checkpoint ({", ".join(differ)[:300]}); '
                          f'{path}/checkpoint.json has the settings that it was made with')
     return meta['config']
