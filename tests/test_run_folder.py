@@ -486,7 +486,7 @@ def test_a_run_of_before_a_setting_existed_goes_on(tmp_path, capsys):
         told = json.loads(path.read_text())
         entry = told.get("source_only", told)
         del entry["train"]["skip_nonfinite"], entry["train"]["patience"], entry["config"]["feed"]["width"], entry["config"]["method"]
-        del entry["config"]["hyper"]["power"], entry["config"]["hyper"]["augment"]["turn_p"]
+        del entry["config"]["hyper"]["power"], entry["config"]["hyper"]["augment"]["blur_p"]
         told.pop("own_sha256", None)
         path.write_text(json.dumps(told))
     shutil.rmtree(tmp_path / "old" / "checkpoints" / "source_only-0000004")
