@@ -35,10 +35,24 @@ class Outlines:
 def _mask(size, shape):
     "(left, top, picture that is 255 inside) of a shape that one stroke cannot draw."
     if shape.kind == 'mask': return *shape.data[:2], Image.fromarray(np.uint8(shape.data[2])*255)
-    if shape.kind == 'coco': return 0, 0, Image.fromarray(_decoded(size, shape.data)*255)
+    if shape.kind == 'coco': return 0, 0, Image.fromarray(_decoded(size, shape.data)*255)      # `_sound` has looked at it
     im = Image.new('L', size[::-1])
     for i, ring in enumerate(shape.data): ImageDraw.Draw(im).polygon(ring, fill=0 if i else 255, outline=255)
     return 0, 0, im
+
+def _sound(drawing, where):
+    "Refuse sizes and corners that would take memory or hours to draw."
+    (H, W), wrong = drawing.size, lambda v: not abs(v) < 1e6
+    if H < 1 or W < 1: raise InputError(f'{where}: is of a photo of {H}x{W} pixels, expected at least one')
+    small_enough(W, H, where)
+    for s in drawing.shapes:
+        corners = [v for p in s.data for v in p] if s.kind in ('rectangle', 'ellipse') else s.data[:2] if s.kind == 'mask' else ()
+        rle = s.kind == 'coco' and isinstance(s.data, dict)
+        if s.kind == 'coco' and not rle: corners = [v for ring in s.data for v in ring]
+        if any(map(wrong, corners)): raise InputError(f'{where}: a {s.kind} has a corner at no pixel')
+        if rle and [*map(int, s.data['size'])] != [H, W]: raise InputError(f'{where}: a mask is of {s.data["size"]}, the photo {H}x{W}')
+        if rle and isinstance(c := s.data['counts'], list) and (min(c, default=0) < 0 or sum(c) != H*W):
+            raise InputError(f'{where}: a mask of {sum(c)} pixels, the photo {H}x{W}')
 
 # %% ../nbs/01_data/02c_annotations.ipynb #692f2092
 def rasterise(
@@ -48,7 +62,7 @@ def rasterise(
     where='drawing',  # Name of the file, for the error message
 )->np.ndarray:        # (H,W) uint8 raw ids
     "Paint the shapes over each other in their order."
-    small_enough(*drawing.size[::-1], where)
+    _sound(drawing, where)
     im = Image.new('L', drawing.size[::-1], ground)
     pen = ImageDraw.Draw(im)
     for s in drawing.shapes:
@@ -74,8 +88,10 @@ def _rings(where, *rings):
 def _png(text):
     "The bool picture in a base64 text, perhaps compressed once more (Supervisely)."
     data = base64.b64decode(text)
-    data = zlib.decompress(data) if data[:1] == b'\x78' else data
-    a = np.array(Image.open(io.BytesIO(data)))
+    data = zlib.decompressobj().decompress(data, 1 << 28) if data[:1] == b'\x78' else data
+    im = Image.open(io.BytesIO(data))
+    small_enough(*im.size, 'a mask')
+    a = np.array(im)
     return (a if a.ndim == 2 else a[..., -1]) > 0
 
 def _labelme(d, where):
@@ -140,6 +156,8 @@ def _cvat_shape(e, where):
     elif kind == 'mask':
         left, top, w, h = map(int, get('left', 'top', 'width', 'height'))
         counts = [int(c) for c in e.get('rle').split(',')]
+        small_enough(w, h, where)
+        if min(w, h, *counts) < 0 or sum(counts) != w*h: raise InputError(f'{where}: a mask of {sum(counts)} pixels in a frame of {h}x{w}')
         data = (left, top, np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(h, w))
     else: data = ()
     return Shape(e.get('label'), kind, data)
@@ -240,4 +258,4 @@ def read_painted(
     drawing = read_drawings(path.path, format)[path.name] if isinstance(path, Entry) else read_drawing(path, format)
     odd = next((s for s in drawing.shapes if not s.data and ids.get(s.name, 0) is not None), None)
     if odd: raise InputError(f'{path}: a {odd.name!r} is a {odd.kind} without area; draw a polygon or map it to "skip" in [names]')
-    return rasterise(drawing, ids, ground, path)
+    return _parsed(path, format, lambda: rasterise(drawing, ids, ground, path))

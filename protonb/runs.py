@@ -26,6 +26,7 @@ from .feeding import Feed, TestTime, at_test_time, feed_of_old, network_input, r
 from .labels import CAMVID, CITYSCAPES, CITYSCAPES13, CITYSCAPES16, ClassSpace
 from .prototypes import load_prototypes
 from .teachers import adapt_statistics
+from .start import STOPPED
 from .training import Diverged, changes, checkpoint_info, newest_states, seed_everything
 from .weights import first_of, read_file, state_id, unusable
 
@@ -357,7 +358,7 @@ def last_line(
 )->tuple:             # The line to be printed, or None for a bug, and the exit code
     "All that is no bug ends in one line: a mistake, a run that diverged, a disk that is full, an interrupt."
     if isinstance(e, Stopped): return str(e), 130
-    if isinstance(e, KeyboardInterrupt): return 'protonb: stopped; the same command goes on from the last checkpoint', 130
+    if isinstance(e, KeyboardInterrupt): return STOPPED, 130
     if isinstance(e, (InputError, Diverged)): return f'protonb: {" ".join(str(e).split())}', 2
     if isinstance(e, OSError):            # a full disk, a folder that is gone, a path that is too long
         where = f'{e.filename}: ' if e.filename is not None else ''
@@ -369,10 +370,10 @@ def terminated():
     "SIGTERM ends a command as Ctrl-C does."
     def stop(*_): raise KeyboardInterrupt
     here = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, stop) if here else None
+    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)} if here else {}
     try: yield
     finally:
-        if here: signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+        for s,handler in before.items(): signal.signal(s, signal.SIG_DFL if handler is None else handler)
 
 # %% ../nbs/07_shell/01_runs.ipynb #5c07ed03
 def look_name(
