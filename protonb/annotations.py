@@ -40,6 +40,7 @@ def _mask(size, shape):
     for i, ring in enumerate(shape.data): ImageDraw.Draw(im).polygon(ring, fill=0 if i else 255, outline=255)
     return 0, 0, im
 
+# %% ../nbs/01_data/02c_annotations.ipynb #7862c1cb
 def _sound(drawing, where):
     "Refuse sizes and corners that would take memory or hours to draw."
     (H, W), wrong = drawing.size, lambda v: not abs(v) < 1e6

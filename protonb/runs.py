@@ -360,11 +360,17 @@ def last_line(
     if isinstance(e, Stopped): return str(e), 130
     if isinstance(e, KeyboardInterrupt): return STOPPED, 130
     if isinstance(e, (InputError, Diverged)): return f'protonb: {" ".join(str(e).split())}', 2
+    if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(e, RuntimeError) and "can't allocate memory" in str(e):
+        return f'protonb: out of memory ({" ".join(str(e).split())[:150]}); expected less at once: a smaller batch, window or image', 2
+    if isinstance(e, RuntimeError) and str(e).startswith('DataLoader worker'):
+        why = str(e).split('. ')[0]
+        return f'protonb: a process that reads images has died ({why}), perhaps for want of memory; the same command goes on', 2
     if isinstance(e, OSError):            # a full disk, a folder that is gone, a path that is too long
         where = f'{e.filename}: ' if e.filename is not None else ''
         return f'protonb: {where}{e.strerror or e}; expected a path that can be used, the same command goes on when that is put right', 2
     return None, 1
 
+# %% ../nbs/07_shell/01_runs.ipynb #1237dd0f
 @contextlib.contextmanager
 def terminated():
     "SIGTERM ends a command as Ctrl-C does."

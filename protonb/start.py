@@ -16,6 +16,9 @@ def main(
 )->int:         # Exit code
     "Entry point of the command `protonb`: `cli.main`, and what happens before it is there."
     def stop(*_): os.write(2, f'{STOPPED}\n'.encode()), os._exit(130)
-    for s in (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else (): signal.signal(s, stop)
+    here = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()      # Python's rule
+    for s in here: signal.signal(s, stop)
     from protonb.cli import main
-    return main(args)
+    try: return main(args)
+    finally:
+        for s in here: signal.signal(s, signal.SIG_IGN)      # what was to be done is done

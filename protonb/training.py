@@ -380,8 +380,8 @@ def _agreement(acc):
     finally: torch.distributed.destroy_process_group(group)
 
 # %% ../nbs/04_learning/02_training.ipynb #d3ca27a5
-FREE = {f'train.{n}' for n in ('workers', 'log_every', 'checkpoint_every', 'keep', 'device', 'batch_size', 'skip_nonfinite', 'patience')}
-FREE |= {'config.method'}         # older runs lack it; whose a folder is, `require_own` looks after
+FREE = {f'train.{n}' for n in 'workers log_every checkpoint_every keep device batch_size skip_nonfinite patience'.split()}
+FREE.add('config.method')         # older runs lack it; `require_own` compares it
 
 def _plain(value):
     "A configuration as JSON gives it back."
@@ -404,11 +404,10 @@ def changes(
 )->list:          # 'setting old -> new', for the settings that make another run of it
     "Settings that differ and may not."
     def settings(m): return _flat({n: m.get(n) for n in ('train', 'config', 'effective_batch')})
-    def show(d, k): return repr(d[k]) if k in d else 'absent'
     old, new = settings(old), settings(new)
     if newer: old = new | old
     names = [k for k in dict.fromkeys([*old, *new]) if k not in FREE and old.get(k, ...) != new.get(k, ...)]
-    return [f'{k} {show(old, k)} -> {show(new, k)}' for k in names]
+    return [f'{k} {" -> ".join(repr(d[k]) if k in d else "absent" for d in (old, new))}' for k in names]
 
 # %% ../nbs/04_learning/02_training.ipynb #2cb2f19b
 def _version(name):

@@ -89,7 +89,8 @@ _at_work = []
 
 def _broken(e):
     "Whether an exception is one of the connection between processes."
-    return isinstance(e, torch.distributed.DistError) or isinstance(e, RuntimeError) and any(s in str(e) for s in ('gloo', 'NCCL', 'Connection '))
+    said = isinstance(e, RuntimeError) and any(s in str(e) for s in ('gloo', 'NCCL', 'Connection '))
+    return said or isinstance(e, torch.distributed.DistError)
 
 @contextmanager
 def watched(

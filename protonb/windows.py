@@ -282,7 +282,7 @@ def image_sizes(
 
 # %% ../nbs/04_learning/12_windows.ipynb #adb763f7
 def _not_all_frame(window, dataset):
-    "Refuse a padded window that no image ever fills. DIP's released one is larger than many photographs; four times the image are allowed."
+    "Refuse a padded window that no image ever fills; DIP's released one is larger than many images: up to four times their area."
     turned = isinstance(window, Augment)
     high,area = window.scale_high if turned else window.high,window.crop_height*window.crop_width
     seen = [('', (1, 1))] if not turned and window.base_height else image_sizes(dataset)       # a fixed size needs no image
