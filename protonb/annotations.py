@@ -35,10 +35,25 @@ class Outlines:
 def _mask(size, shape):
     "(left, top, picture that is 255 inside) of a shape that one stroke cannot draw."
     if shape.kind == 'mask': return *shape.data[:2], Image.fromarray(np.uint8(shape.data[2])*255)
-    if shape.kind == 'coco': return 0, 0, Image.fromarray(_decoded(size, shape.data)*255)
+    if shape.kind == 'coco': return 0, 0, Image.fromarray(_decoded(size, shape.data)*255)      # `_sound` has looked at it
     im = Image.new('L', size[::-1])
     for i, ring in enumerate(shape.data): ImageDraw.Draw(im).polygon(ring, fill=0 if i else 255, outline=255)
     return 0, 0, im
+
+# %% ../nbs/01_data/02c_annotations.ipynb #7862c1cb
+def _sound(drawing, where):
+    "Refuse sizes and corners that would take memory or hours to draw."
+    (H, W), wrong = drawing.size, lambda v: not abs(v) < 1e6
+    if H < 1 or W < 1: raise InputError(f'{where}: is of a photo of {H}x{W} pixels, expected at least one')
+    small_enough(W, H, where)
+    for s in drawing.shapes:
+        corners = [v for p in s.data for v in p] if s.kind in ('rectangle', 'ellipse') else s.data[:2] if s.kind == 'mask' else ()
+        rle = s.kind == 'coco' and isinstance(s.data, dict)
+        if s.kind == 'coco' and not rle: corners = [v for ring in s.data for v in ring]
+        if any(map(wrong, corners)): raise InputError(f'{where}: a {s.kind} has a corner at no pixel')
+        if rle and [*map(int, s.data['size'])] != [H, W]: raise InputError(f'{where}: a mask is of {s.data["size"]}, the photo {H}x{W}')
+        if rle and isinstance(c := s.data['counts'], list) and (min(c, default=0) < 0 or sum(c) != H*W):
+            raise InputError(f'{where}: a mask of {sum(c)} pixels, the photo {H}x{W}')
 
 # %% ../nbs/01_data/02c_annotations.ipynb #692f2092
 def rasterise(
@@ -49,7 +64,7 @@ def rasterise(
 )->np.ndarray:        # (H,W) uint8 raw ids
     "Paint the shapes over each other in their order."
     if min(drawing.size) < 1: raise InputError(f'{where}: is for a photo of {drawing.size[1]}x{drawing.size[0]} pixels')
-    small_enough(*drawing.size[::-1], where)
+    _sound(drawing, where)
     im = Image.new('L', drawing.size[::-1], ground)
     pen = ImageDraw.Draw(im)
     for s in drawing.shapes:
@@ -83,8 +98,11 @@ def _png(text):
     "The bool picture in a base64 text, perhaps compressed once more (Supervisely)."
     try:
         data = base64.b64decode(text)
-        data = zlib.decompress(data) if data[:1] == b'\x78' else data
-        a = np.array(Image.open(io.BytesIO(data)))
+        data = zlib.decompressobj().decompress(data, 1 << 28) if data[:1] == b'\x78' else data
+        im = Image.open(io.BytesIO(data))
+    except Exception: raise ValueError('a mask is no picture') from None
+    small_enough(*im.size, 'a mask')
+    try: a = np.array(im)
     except Exception: raise ValueError('a mask is no picture') from None
     return (a if a.ndim == 2 else a[..., -1]) > 0
 
@@ -150,6 +168,8 @@ def _cvat_shape(e, where):
     elif kind == 'mask':
         (left, top), (w, h) = _pixel(where, *get('left', 'top')), _pixel(where, *get('width', 'height'))
         counts = [int(c) for c in e.get('rle').split(',')]
+        small_enough(w, h, where)
+        if min(w, h, *counts) < 0 or sum(counts) != w*h: raise InputError(f'{where}: a mask of {sum(counts)} pixels in a frame of {h}x{w}')
         data = (left, top, np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(h, w))
     else: data = ()
     return Shape(e.get('label'), kind, data)

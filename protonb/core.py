@@ -45,6 +45,8 @@ def atomic_path(
 )->Path:         # A temporary name beside it, to be written to
     "Write to a temporary name, rename to `path` on success, leave nothing behind on failure."
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f'{path}: is a device or a pipe, expected a file that can be replaced')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', suffix='.tmp', dir=path.parent))

@@ -8,7 +8,7 @@ __all__ = ['RAW_ONE', 'RETRY', 'CITYSCAPES_5SHOT', 'CITYSCAPES_1SHOT', 'CITYSCAP
            'keep_raw', 'released', 'clean', 'named_support']
 
 # %% ../nbs/05_methods/02_dip.ipynb #b0ba5112
-from dataclasses import asdict, field, replace
+from dataclasses import field, replace
 from typing import Literal
 import torch
 from torch import Tensor
@@ -180,7 +180,7 @@ def train(
     make = episodes(query, support, cfg, run.seed)
     one = lambda batch: step(net, opt, sched, batch, cfg, acc.backward)
     return fit(one, feed(make, run, acc), dict(net=net, opt=opt, sched=sched), run, run_dir=run_dir, stage='dip',
-               config=dict(config or {}, hyper=asdict(cfg)), accelerator=acc, progress=progress)
+               config=dict(config or {}, hyper=cfg), accelerator=acc, progress=progress)
 
 # %% ../nbs/05_methods/02_dip.ipynb #7343ae04
 RAW_ONE = 253   # Stands for "raw id 1" in a label whose table maps that id to ignore

@@ -8,7 +8,7 @@ __all__ = ['LOG_ZERO', 'kd_loss', 'reverse_cross_entropy', 'symmetric_cross_entr
            'first_round', 'next_round', 'Distill']
 
 # %% ../nbs/04_learning/16_distillation.ipynb #d504ee3d
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 import torch
@@ -185,7 +185,7 @@ def distill(
     one = lambda batch: distill_step(net, teacher, opt, sched, batch, cfg, acc.backward, acc)
     make = distill_samples(source, target, cfg, stage_seed(run.seed, stage))
     return fit(one, feed(make, run, acc), dict(net=net, opt=opt, sched=sched), run, run_dir=run_dir, stage=stage,
-               config=dict(config or {}, hyper=asdict(cfg)), accelerator=acc, progress=progress)
+               config=dict(config or {}, hyper=cfg), accelerator=acc, progress=progress)
 
 # %% ../nbs/04_learning/16_distillation.ipynb #7fbc4885
 def distill_round(

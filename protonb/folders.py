@@ -50,6 +50,7 @@ def claimed(
     main=True, # The process that writes; the others wait for nothing
 ):
     "Nobody else writes into the folder; a second process is refused."
+    if '\0' in str(run_dir): raise InputError(f'{str(run_dir)!r}: is no path; expected the name of a folder')
     run_dir = Path(run_dir).absolute()
     new = [p for p in (run_dir, *run_dir.parents) if not p.exists()]
     lock = FileLock(run_dir/'.lock', timeout=0, is_singleton=True)

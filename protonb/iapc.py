@@ -7,7 +7,7 @@ __all__ = ['METHOD', 'Trio', 'step', 'trio', 'student_optimizer', 'labels_at_cel
            'class_factors', 'pseudo_labels', 'train', 'scrambled', 'IAPCHabits', 'IAPC']
 
 # %% ../nbs/05_methods/03_iapc.ipynb #a9659791
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from torch import Tensor
 from .feeding import Feed, network_input, segmenter
 from .teachers import adapt_statistics, average_of, update_average
@@ -201,7 +201,7 @@ def train(
     one = lambda batch: step(nets, opt, sched, running.factor, batch, cfg, acc.backward, acc)
     parts = dict(net=nets.student, memory=nets.memory, opt=opt, sched=sched, running=running)
     done = fit(one, feed(_stream(dataset, cfg, run.seed), run, acc), parts, run, run_dir=run_dir, stage='iapc',
-               config=dict(config or {}, hyper=asdict(cfg)), accelerator=acc, progress=progress)
+               config=dict(config or {}, hyper=cfg), accelerator=acc, progress=progress)
     return done | dict(net=bare(nets.student))
 
 # %% ../nbs/05_methods/03_iapc.ipynb #7a323eb7

@@ -9,7 +9,7 @@ __all__ = ['SOURCES', 'TARGETS', 'LABELLED', 'Method', 'require_room', 'Job', 'a
 # %% ../nbs/04_learning/14_methods.ipynb #dbc169ee
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from accelerate import Accelerator
 from .core import InputError
@@ -21,6 +21,7 @@ from .streams import feed, stacked
 from .teachers import frozen
 from .training import Train, accelerator_for, fit, judged_by
 from .validators import VALIDATORS, looks
+from .watch import watched
 
 # %% ../nbs/04_learning/14_methods.ipynb #f7a87e88
 SOURCES = dict(labelled='labelled source images', model='a network trained on the source; its images are not needed')
@@ -105,7 +106,7 @@ def notes(
     job:Job,      # Where the run stands
 )->dict:          # run_dir, config, progress
     "What a stage hands on to a training function: folder, what config.json says, whether bars are shown."
-    about = dict(job.about, method=job.method.name, feed=asdict(job.method.feed(job.cfg)))
+    about = dict(job.about, method=job.method.name, feed=job.method.feed(job.cfg))
     return dict(run_dir=job.run_dir, config=about, progress=job.progress)
 
 def begin(
@@ -130,7 +131,7 @@ def learn(
 )->dict:                # step reached, and whether the stage is finished
     "Train a stage: the loop, the checkpoints and the notes that all methods share."
     acc,run,how = acc or accelerator_of(job),run or run_of(job),notes(job)
-    config = how.pop('config') | dict(hyper=asdict(job.cfg if hyper is None else hyper))
+    config = how.pop('config') | dict(hyper=job.cfg if hyper is None else hyper)
     return fit(step, feed(make, run, acc, collate or stacked), parts, run, stage=job.stage, config=config, accelerator=acc, **how)
 
 # %% ../nbs/04_learning/14_methods.ipynb #5aab6e8d
@@ -161,7 +162,8 @@ def train(
     for role,kind in (('source', job.method.source), ('target', job.method.target)):
         teaches,data = kind in LABELLED or kind == 'any' and job.cfg.labels != 'none',getattr(job, role)
         if teaches and data is not None: require_labels(getattr(data, 'few', data), role)
-    with claimed(job.run_dir, accelerator_of(job).is_main_process):
+    acc = accelerator_of(job)
+    with watched(acc, job.run.patience), claimed(job.run_dir, acc.is_main_process):
         require_own(job.run_dir, job.method.name, names)
         with judged_by(judge_of(job)) if job.run.best else nullcontext():
             for job.stage,stage in job.method.stages:

@@ -7,7 +7,7 @@ __all__ = ['METHOD', 'alignment', 'prototype_contrast_term', 'projection_head', 
            'pbal_optimizer', 'bpl', 'warm_up', 'make_pseudo', 'pst', 'WarmUp', 'BPL', 'PST', 'PBAL']
 
 # %% ../nbs/05_methods/04_pbal.ipynb #5fcd0955
-from dataclasses import asdict, field
+from dataclasses import field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -174,7 +174,7 @@ def bpl(
     make = paired(source=labelled(source, cfg.window, seed, colour=jitter), target=unlabelled(Unlabelled(target), cfg.window, seed))
     one = lambda batch: bpl_step(net, disc, opt, opt_d, sched, batch, cfg, acc.backward, sum_over(acc))
     parts = dict(net=net, disc=disc, opt=opt, opt_d=opt_d, sched=sched)
-    return fit(one, feed(make, run, acc), parts, run, run_dir=run_dir, stage=stage, config=dict(config or {}, hyper=asdict(cfg)),
+    return fit(one, feed(make, run, acc), parts, run, run_dir=run_dir, stage=stage, config=dict(config or {}, hyper=cfg),
                accelerator=acc, progress=progress)
 
 # %% ../nbs/05_methods/04_pbal.ipynb #f01a0b9b
@@ -222,7 +222,7 @@ def pst(
     make = paired(source=labelled(source, cfg.window, seed, colour=jitter), target=labelled(target, cfg.window, seed, 'target', jitter))
     parts = dict(net=net, opt=opt, sched=sched) | (dict(project=project) if project else {})
     one = lambda batch: pst_step(net, opt, sched, batch, cfg, acc.backward, sum_over(acc), project)
-    return fit(one, feed(make, run, acc), parts, run, run_dir=run_dir, stage='pst', config=dict(config or {}, hyper=asdict(cfg)),
+    return fit(one, feed(make, run, acc), parts, run, run_dir=run_dir, stage='pst', config=dict(config or {}, hyper=cfg),
                accelerator=acc, progress=progress)
 
 # %% ../nbs/05_methods/04_pbal.ipynb #56c25ace

@@ -9,7 +9,7 @@ __all__ = ['FAR', 'METHOD', 'distances', 'prototype_weights', 'rectify', 'consis
            'AdversarialWarmUp', 'Denoise', 'ProDA']
 
 # %% ../nbs/05_methods/05_proda.ipynb #760690c2
-from dataclasses import asdict, field
+from dataclasses import field
 from functools import partial
 from pathlib import Path
 import torch
@@ -313,7 +313,7 @@ def adversarial_warm_up(
     one = lambda batch: warm_up_step(net, D, opt, opt_d, [sched, sched_d], batch, cfg, acc.backward, acc)
     parts = dict(net=net, D=D, opt=opt, opt_d=opt_d, sched=sched, sched_d=sched_d)
     make = warm_up_samples(source, target, cfg, stage_seed(run.seed, 'warm_up'))
-    return fit(one, feed(make, run, acc), parts, run, run_dir=run_dir, stage='warm_up', config=dict(config or {}, hyper=asdict(cfg)),
+    return fit(one, feed(make, run, acc), parts, run, run_dir=run_dir, stage='warm_up', config=dict(config or {}, hyper=cfg),
                accelerator=acc, progress=progress)
 
 # %% ../nbs/05_methods/05_proda.ipynb #606be102
@@ -337,7 +337,7 @@ def denoise(
     one = lambda batch: denoise_step(net, average, bank, opt, sched, batch, cfg, acc.backward, acc)
     parts = dict(net=net, average=average, opt=opt, sched=sched, memory=memory)
     return fit(one, feed(make, run, acc, stacked), parts, run, run_dir=run_dir, stage='denoise',
-               config=dict(config or {}, hyper=asdict(cfg)), accelerator=acc, progress=progress)
+               config=dict(config or {}, hyper=cfg), accelerator=acc, progress=progress)
 
 # %% ../nbs/05_methods/05_proda.ipynb #94966e1b
 def soft_labels(

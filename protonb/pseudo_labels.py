@@ -292,7 +292,7 @@ def read_histogram(
     "The counts of a folder of pseudo labels."
     path = Path(folder)/'histogram.json'
     d = _read_json(path, _HIST_KEYS, _HIST_WHAT)
-    right = isinstance(d['classes'], list) and type(d['bins']) is int and 0 < d['bins'] <= 10**6 and isinstance(d['names'], list)
+    right = isinstance(d['classes'], list) and type(d['bins']) is int and STEPS < d['bins'] <= 10**6 and isinstance(d['names'], list)
     if not right or not isinstance(d['counts'], list) or not all(isinstance(n, str) for n in d['names']):
         raise InputError(f'{path}: is damaged, expected {_HIST_WHAT}; delete it, and it is made anew')
     return _dense(Histogram(len(d['classes']), d['bins']), d['counts'], path)

@@ -26,6 +26,7 @@ from .feeding import Feed, TestTime, at_test_time, feed_of_old, network_input, r
 from .labels import CAMVID, CITYSCAPES, CITYSCAPES13, CITYSCAPES16, ClassSpace
 from .prototypes import load_prototypes
 from .teachers import adapt_statistics
+from .start import STOPPED
 from .training import Diverged, changes, checkpoint_info, newest_states, seed_everything
 from .weights import first_of, read_file, state_id, unusable
 
@@ -136,7 +137,7 @@ def read_config(
 def require_same(run_dir, meta, path):
     "The config of a run, if it says what the checkpoint says: a damaged config.json would build another network, or feed it otherwise."
     info = checkpoint_info(path)
-    if differ := changes(meta, info) if 'config' in info else ():       # one that was made by hand has no settings
+    if differ := changes(info, meta, newer=True) if 'config' in info else ():       # one that was made by hand has no settings
         raise InputError(f'{Path(run_dir, "config.json")}: is not that of the checkpoint ({", ".join(differ)[:300]}); '
                          f'{path}/checkpoint.json has the settings that it was made with')
     return meta['config']
@@ -357,22 +358,28 @@ def last_line(
 )->tuple:             # The line to be printed, or None for a bug, and the exit code
     "All that is no bug ends in one line: a mistake, a run that diverged, a disk that is full, an interrupt."
     if isinstance(e, Stopped): return str(e), 130
-    if isinstance(e, KeyboardInterrupt): return 'protonb: stopped; the same command goes on from the last checkpoint', 130
+    if isinstance(e, KeyboardInterrupt): return STOPPED, 130
     if isinstance(e, (InputError, Diverged)): return f'protonb: {" ".join(str(e).split())}', 2
+    if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(e, RuntimeError) and "can't allocate memory" in str(e):
+        return f'protonb: out of memory ({" ".join(str(e).split())[:150]}); expected less at once: a smaller batch, window or image', 2
+    if isinstance(e, RuntimeError) and str(e).startswith('DataLoader worker'):
+        why = str(e).split('. ')[0]
+        return f'protonb: a process that reads images has died ({why}), perhaps for want of memory; the same command goes on', 2
     if isinstance(e, OSError):            # a full disk, a folder that is gone, a path that is too long
         where = f'{e.filename}: ' if e.filename is not None else ''
         return f'protonb: {where}{e.strerror or e}; expected a path that can be used, the same command goes on when that is put right', 2
     return None, 1
 
+# %% ../nbs/07_shell/01_runs.ipynb #1237dd0f
 @contextlib.contextmanager
 def terminated():
     "SIGTERM ends a command as Ctrl-C does."
     def stop(*_): raise KeyboardInterrupt
     here = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, stop) if here else None
+    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)} if here else {}
     try: yield
     finally:
-        if here: signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+        for s,handler in before.items(): signal.signal(s, signal.SIG_DFL if handler is None else handler)
 
 # %% ../nbs/07_shell/01_runs.ipynb #5c07ed03
 def look_name(

@@ -6,7 +6,7 @@
 __all__ = ['METHOD', 'upsampled_cross_entropy', 'step', 'SourceOnly', 'train']
 
 # %% ../nbs/05_methods/01_source_only.ipynb #88f2421c
-from dataclasses import asdict, field
+from dataclasses import field
 from pathlib import Path
 from typing import Literal
 import torch
@@ -85,7 +85,7 @@ def train(
     draw = rare_first(dataset, cfg.rare, Path(run_dir)/'class_pixels.npz')
     make = labelled(dataset, cfg.augment, run.seed, colour=jitter_of(cfg.colour), draw=draw)
     return fit(one, feed(make, run, acc), dict(net=net, opt=opt, sched=sched), run, run_dir=run_dir, stage='source_only',
-               config=dict(config or {}, hyper=asdict(cfg)), accelerator=acc, progress=progress)
+               config=dict(config or {}, hyper=cfg), accelerator=acc, progress=progress)
 
 # %% ../nbs/05_methods/01_source_only.ipynb #3e37ea99
 def _fitted(s:Situation):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FREE', 'Train', 'accelerator_for', 'seed_everything', 'poly_lr', 'pack', 'unpack', 'bare', 'save_checkpoint',
            'checkpoint_info', 'checkpoint_folder', 'load_checkpoint', 'checkpoints', 'latest_checkpoint',
-           'newest_states', 'append_row', 'read_metrics', 'stop_signals', 'changes', 'versions', 'Diverged',
+           'newest_states', 'append_row', 'read_metrics', 'stop_signals', 'changes', 'versions', 'grown', 'Diverged',
            'judged_by', 'fit']
 
 # %% ../nbs/04_learning/02_training.ipynb #acb28baa
@@ -19,7 +19,7 @@ import csv, errno, hashlib, io, json, math, os, platform, random, re, shutil, si
 from collections import Counter
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, islice
 from pathlib import Path
@@ -35,7 +35,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from .core import InputError, atomic_path, naming, rng_for
 from .folders import claimed, read_stages
-from .settings import Seed, Steps, Whole, checked_dataclass
+from .settings import Real, Seed, Steps, Whole, checked_dataclass
+from .watch import watched
 from .weights import fingerprint, write_tensors
 
 # %% ../nbs/04_learning/02_training.ipynb #8c481785
@@ -52,6 +53,7 @@ class Train:
     checkpoint_every:Steps = 200  # Steps from one checkpoint to the next
     keep:Steps = 2               # Checkpoints of a stage that stay on disk, the final one included
     best:Literal['', 'entropy', 'information', 'density', 'views', 'margin'] = ''  # Also keep the best checkpoint by this validator
+    patience:Real(0, 1e6) = 60.  # Seconds after which the others end when a process is not heard of any more; 0: never
     skip_nonfinite:bool = False  # Leave out an update with a loss or gradient that is not finite, and count it in metrics.csv
 
 # %% ../nbs/04_learning/02_training.ipynb #80d32981
@@ -380,8 +382,8 @@ def _agreement(acc):
     finally: torch.distributed.destroy_process_group(group)
 
 # %% ../nbs/04_learning/02_training.ipynb #d3ca27a5
-FREE = {f'train.{n}' for n in ('workers', 'log_every', 'checkpoint_every', 'keep', 'device', 'batch_size', 'best', 'skip_nonfinite')}
-FREE |= {'config.feed.width'}     # older runs lack it
+FREE = {f'train.{n}' for n in 'workers log_every checkpoint_every keep device batch_size best skip_nonfinite patience'.split()}
+FREE.add('config.method')         # older runs lack it; `require_own` compares it
 
 def _plain(value):
     "A configuration as JSON gives it back."
@@ -398,15 +400,16 @@ def _flat(tree, path=''):
     return {k: v for name, sub in tree.items() for k, v in _flat(sub, f'{path}.{name}' if path else str(name)).items()}
 
 def changes(
-    old:dict,  # What config.json says about a stage
-    new:dict,  # The same, now
-)->list:       # 'setting old -> new', for the settings that make another run of it
+    old:dict,     # What config.json says about a stage
+    new:dict,     # The same, now
+    newer=False,  # What `old` lacks is no change: it knows less, and is not damaged
+)->list:          # 'setting old -> new', for the settings that make another run of it
     "Settings that differ and may not."
     def settings(m): return _flat({n: m.get(n) for n in ('train', 'config', 'effective_batch')})
-    def show(d, k): return repr(d[k]) if k in d else 'absent'
     old, new = settings(old), settings(new)
+    if newer: old = new | old
     names = [k for k in dict.fromkeys([*old, *new]) if k not in FREE and old.get(k, ...) != new.get(k, ...)]
-    return [f'{k} {show(old, k)} -> {show(new, k)}' for k in names]
+    return [f'{k} {" -> ".join(repr(d[k]) if k in d else "absent" for d in (old, new))}' for k in names]
 
 # %% ../nbs/04_learning/02_training.ipynb #2cb2f19b
 def _version(name):
@@ -436,11 +439,24 @@ def versions(
             'processor': _processor(), 'blas': _blas(), 'threads': torch.get_num_threads()}
 
 # %% ../nbs/04_learning/02_training.ipynb #2cb2f19c
-def _check_config(path, stage, meta):
+def grown(
+    old,  # A configuration as JSON gives it back
+    now,  # The same as dataclasses, dicts of them, and values
+):        # The old one as it would stand there had its classes been what they are
+    "What an older class did not have yet is at its default."
+    if not isinstance(old, dict): return old
+    if isinstance(now, dict): return {k: grown(v, now.get(k)) for k, v in old.items()}
+    if not is_dataclass(now): return old
+    since = [f for f in fields(now) if f.name not in old]
+    usual = {f.name: f.default for f in since} | {f.name: f.default_factory() for f in since if f.default_factory is not MISSING}
+    kept = {k: grown(v, getattr(now, k, None)) for k, v in old.items()}
+    return kept | {k: _plain(v) for k, v in usual.items() if v is not MISSING}
+
+def _check_config(path, stage, meta, settings):
     "Refuse to go on under a configuration other than the one the stage was started with."
     known = read_stages(path.parent)
     if stage in known and checkpoints(path.parent, stage):      # settings that reached no checkpoint may be put right
-        if differ := changes(known[stage], meta):
+        if differ := changes(grown(known[stage], settings), meta):
             raise InputError(f'{path.parent}: stage {stage} was started with other settings ({", ".join(differ)}); '
                              'restore them, or give another run folder')
         was, now = known[stage].get('versions', {}), meta['versions']
@@ -549,9 +565,18 @@ def _floats(tree, path):
     if isinstance(tree, (list, tuple)): tree = dict(enumerate(tree))
     for k, v in tree.items() if isinstance(tree, dict) else (): yield from _floats(v, f'{path}.{k}')
 
+def _gradients(parts):
+    "Yields (name, gradient) of what the optimizers train; none in half precision, whose scaler leaves out what is not finite."
+    opts = [p for p in parts.values() if hasattr(p, 'param_groups')] if 'grad_scaler' not in parts else []
+    trained = {id(p) for o in opts for g in o.param_groups for p in g['params'] if p.grad is not None}
+    for name, net in parts.items():
+        for n, p in bare(net).named_parameters() if isinstance(net, nn.Module) else ():
+            if id(p) in trained: yield f'the gradient of {name}.{n}', p.grad
+
 def _not_finite(parts):
-    "The first number of the states that is NaN or infinite, in words; '' where all are finite. One wait for the device."
+    "The first number of states and gradients that is NaN or infinite, in words; '' where all are finite. One wait for the device."
     every = [f for n, p in parts.items() for f in _floats(p if isinstance(p, dict) else bare(p).state_dict(), n) if f[1].numel()]
+    every += [f for f in _gradients(parts) if f[1].numel()]
     if not every: return ''
     fine = torch.stack([t.isfinite().all().cpu() if t.device.type == 'cpu' else t.isfinite().all() for _, t in every])
     if fine.all(): return ''
@@ -639,7 +664,7 @@ def _open_run(cfg, parts, acc, run_dir, stage, config):
     meta = dict(train=asdict(cfg), config=_plain(config), effective_batch=math.prod(batch.values()), batch=batch,
                 versions=versions(acc))
     run = _Run(cfg, parts, acc, Path(run_dir), stage, meta)
-    known = _check_config(run.dir/'config.json', stage, meta)
+    known = _check_config(run.dir/'config.json', stage, meta, dict(train=cfg, config=config))
     acc.wait_for_everyone()
     if acc.is_main_process:
         with atomic_path(run.dir/'config.json') as p: _write_json(p, known)
@@ -664,7 +689,7 @@ def fit(
 )->dict:                 # `step` reached, and whether the stage is `finished`
     "Run `step` until `cfg.steps`, from wherever the run stands; stopped and started again, it ends the same."
     acc, stopped = accelerator or accelerator_for(cfg), False
-    with claimed(run_dir, acc.is_main_process):
+    with watched(acc, cfg.patience), claimed(run_dir, acc.is_main_process):
         run = _open_run(cfg, parts, acc, run_dir, stage, config)
         if run.done < cfg.steps:
             with _workers_alive(run): stopped = _loop(run, step, make_batches, progress)

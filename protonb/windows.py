@@ -280,6 +280,20 @@ def image_sizes(
         file = _file(dataset, i, n)
         yield (file, image_size(file)) if file else (dataset.names[i], tuple(dataset[i][0].shape[1:]))
 
+# %% ../nbs/04_learning/12_windows.ipynb #adb763f7
+def _not_all_frame(window, dataset):
+    "Refuse a padded window that no image ever fills; DIP's released one is larger than many images: up to four times their area."
+    turned = isinstance(window, Augment)
+    high,area = window.scale_high if turned else window.high,window.crop_height*window.crop_width
+    seen = [('', (1, 1))] if not turned and window.base_height else image_sizes(dataset)       # a fixed size needs no image
+    small = []
+    for _,HW in seen:
+        h,w = HW if turned else scaled(window, HW, 1.)
+        if window.crop_height <= high*h or window.crop_width <= high*w or turned and area <= 4*h*w: return
+        small.append((h, w))
+    if small: raise InputError(f'crop_height is {window.crop_height}, crop_width is {window.crop_width}: larger than every image '
+                               f'({"x".join(map(str, max(small)))} at most, times {high:g}); expected a smaller window')
+
 # %% ../nbs/04_learning/12_windows.ipynb #94d2a290
 def check_fits(
     window,    # `Window`, or DIP's `Augment`, which pads
@@ -292,7 +306,9 @@ def check_fits(
         if (n := getattr(window, side)) and (n-plus)%stride:
             raise InputError(f'{side} is {n}; expected a multiple of {stride}{f" plus {plus}" if plus else ""}, '
                              f'for example {max(1, (n-plus)//stride)*stride+plus}')
-    if isinstance(window, Augment) or window.pad or window.base_height or not (window.crop_height or window.crop_width): return window
+    pads = isinstance(window, Augment) or window.pad
+    if pads: _not_all_frame(window, dataset)
+    if pads or window.base_height or not (window.crop_height or window.crop_width): return window
     for name,size in image_sizes(dataset):
         small = scaled(window, size, window.low)
         if window.crop_height > small[0] or window.crop_width > small[1]:

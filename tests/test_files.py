@@ -594,7 +594,7 @@ def test_cvat(tmp_path):
     turned = outlined(tmp_path, "cvat", {"turned.xml": CVAT.replace('xtl="0"', 'xtl="3"').replace('xbr="3"', 'xbr="0"')}, labels="turned.xml", more='only_labelled = true')
     assert labels_of(turned) == [want.tolist()]
     for bad, words in ((CVAT.replace("box", "polyline"), ["'ground' is a polyline"]), (CVAT.replace('label="car"', 'label="van"'), ["'van'", "a.jpg"]),
-            (CVAT[:-30], ["is no cvat file"]), (CVAT.replace('rle="0, 1, 1, 2"', 'rle="0, 1"'), ["is no cvat file"]),
+            (CVAT[:-30], ["is no cvat file"]), (CVAT.replace('rle="0, 1, 1, 2"', 'rle="0, 1"'), ["a mask of 1 pixels"]),
             (CVAT.replace("other.jpg", "job/a.jpg"), ["image 'job/a.jpg' is there twice"]), (CVAT.replace('xbr="3"', 'xbr="nan"'), ["a.jpg", "no pixel"]),
             ('<annotations><track id="0" label="car"/></annotations>', ["tracks of a video", "CVAT for images"])):
         toml = outlined(tmp_path, "cvat", {"other.xml": bad}, labels="other.xml", more='only_labelled = true')

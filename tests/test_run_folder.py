@@ -475,3 +475,35 @@ def test_two_runs_of_one_folder_name_are_both_in_the_report(run, tmp_path, capsy
     assert main(["report", str(tmp_path / "a" / "r"), str(tmp_path / "b" / "r"), "--data", "streets:real,count=1,size=64x128", "--images", "1", "--out", str(out)]) == 0
     page = out.read_text()
     assert str(tmp_path / "a" / "r") in page and str(tmp_path / "b" / "r") in page
+
+
+def test_a_run_of_before_a_setting_existed_goes_on(tmp_path, capsys):
+    """What config.json lacks counts as the default of today's class, in the settings, a window in them, and the feed; nothing else does."""
+    long = ("--steps", "4", "--checkpoint-every", "2")
+    assert main(words(tmp_path / "whole", *long)) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "old")
+    for path in [tmp_path / "old" / "config.json", *(tmp_path / "old" / "checkpoints").glob("*/checkpoint.json")]:
+        told = json.loads(path.read_text())
+        entry = told.get("source_only", told)
+        del entry["train"]["skip_nonfinite"], entry["train"]["patience"], entry["config"]["feed"]["width"], entry["config"]["method"]
+        del entry["config"]["hyper"]["power"], entry["config"]["hyper"]["augment"]["blur_p"]
+        told.pop("own_sha256", None)
+        path.write_text(json.dumps(told))
+    shutil.rmtree(tmp_path / "old" / "checkpoints" / "source_only-0000004")
+    assert main(["eval", str(tmp_path / "old"), "--data", TARGET]) == 0
+    fails(words(tmp_path / "old", *long, "--power", "2"), capsys, "config.hyper.power")
+    assert main(words(tmp_path / "old", *long)) == 0
+    for run in "old", "whole": assert main(["eval", str(tmp_path / run), "--data", TARGET]) == 0
+    name = "checkpoints/source_only-0000004/net.safetensors"
+    assert (tmp_path / "old" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_gradient_that_is_nan_reaches_no_checkpoint(tmp_path):
+    """The optimizer leaves the update out by itself, the weights are still fine."""
+    step, batches, parts = toy()
+    def one(b):
+        log = step(b)
+        if b[0] == 5: parts["net"].bias.grad[0] = float("nan")
+        return log
+    with pytest.raises(T.Diverged, match=r"step 6 \(the gradient of net.bias holds NaN\); the last checkpoint is of step 4"):
+        fit(one, batches, parts, CFG, run_dir=tmp_path, progress=False)

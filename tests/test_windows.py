@@ -232,9 +232,10 @@ def test_check_fits_opens_few_images_and_none_for_a_fixed_base():
         check_fits(Window(base_width=200, crop_height=61, crop_width=90), data)
     assert data.opened == [0, 10, 17, 18, 19]
     data.opened.clear()
-    for window in (IAPC_WINDOW, WDASS_SOURCE_WINDOW, PIXDA_WINDOW, DIP_AUGMENT):
+    for window in (IAPC_WINDOW, WDASS_SOURCE_WINDOW, PIXDA_WINDOW):
         assert check_fits(window, data) is window
     assert not data.opened
+    with pytest.raises(InputError, match=r"larger than every image \(100x200 at most, times 1.1\)"): check_fits(DIP_AUGMENT, data)
     assert list(image_sizes(Opened([]))) == [] and len(list(image_sizes(Opened([(5, 6)])))) == 1
 
 
@@ -245,3 +246,16 @@ def test_check_fits_knows_the_grid():
     with pytest.raises(InputError, match="crop_height is 1024; expected a multiple of 8 plus 1, for example 1017"):
         check_fits(Augment(crop_height=1024), data, stride=8, plus=1)
     assert check_fits(DIP_AUGMENT, data, stride=8, plus=1) is DIP_AUGMENT and check_fits(PBAL_WINDOW, data, stride=4) is PBAL_WINDOW
+
+
+def test_a_padded_window_larger_than_every_image_is_one_line(tmp_path, capsys):
+    """In every method that pads, before anything is written; one image that fills it is enough."""
+    import tiny
+    from protonb.cli import main
+    big = ("--crop-height", "8201", "--crop-width", "8201")
+    for words in (tiny.train("dip", tmp_path / "a", *big), tiny.train("joint", tmp_path / "b", *big), tiny.train("mixteacher", tmp_path / "c", *big),
+                  tiny.train("wdass", tmp_path / "d", "--crop-height", "8192", "--crop-width", "8192")):
+        assert main(words) == 2
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("protonb:")]
+        assert len(said) == 1 and "larger than every image" in said[0] and "crop_height is 8" in said[0].replace("crop-height", "crop_height"), said
+        assert not list(tmp_path.rglob("*.safetensors"))
