@@ -21,7 +21,7 @@ from .optimization import optimizer_of
 from .processes import cross_entropy, for_processes, held, mean_over, sum_over
 from .recipes import Situation, memory
 from .settings import checked_dataclass, Count, Decay, Factor, Power, Rate, Share, Steps, Tint, Weight
-from .streams import alternately, few_labelled, labelled, paired, stacked, weakly_labelled
+from .streams import few_labelled, labelled, paired, stacked, weakly_labelled
 from .teachers import average_of, update_average
 from .windows import Window, check_fits
 
@@ -81,28 +81,28 @@ def class_mix(
 def step(
     student, teacher,  # The network that is trained, and its slow average
     opt, sched,        # Optimizer and schedule; the schedule counts the steps
-    batch,             # dict: source (images uint8, labels), target (images uint8, known labels[, tags])
+    batch,             # dict: source, target (images uint8, labels[, tags]); few: images that somebody finished, where there are some
     cfg,               # `MixTeacher`
     seed=0,            # Seed of all that is drawn in a step
     backward=Tensor.backward, acc=None,  # `accelerator.backward` and the accelerator in a run of several processes
 )->dict:               # Detached scalars to log
     "One update from two backward passes."
-    (x,y),(x_t,y_t,*tags),n,reduce = batch['source'],batch['target'],sched.last_epoch,sum_over(acc)
+    (x,y),(x_t,y_t,*tags),n = batch['source'],batch['target'],sched.last_epoch
     rng = rng_for(seed, 'mixteacher', n)
     generator = torch.Generator(x.device).manual_seed(int(rng.integers(2**62)))
     if n: update_average(teacher, student, min(cfg.alpha, 1-1/(n+1)), None)   # a short memory at first
     if rng.random() < cfg.style: x = match_colours(x, x_t)
+    known,known_y = batch.get('few', (x_t, y_t) if cfg.labels in ('point', 'coarse') else (x, y))
     m_x,m_y,m_w,mask = class_mix((x, y), x_t, *teacher_labels(teacher, x_t, y_t, *tags, tau=cfg.tau, balance=cfg.balance), generator)
     opt.zero_grad(set_to_none=True)
     with held(student, acc):
-        source = cross_entropy(student(network_input(student, strong_colours(x, cfg.colour, rng, generator))), y, reduce)
-        backward(source)
+        labelled = cross_entropy(student(network_input(student, strong_colours(known, cfg.colour, rng, generator))), known_y, sum_over(acc))
+        backward(cfg.weight*labelled)
     z = student(network_input(student, strong_colours(m_x, cfg.colour, rng, generator)))
-    mix = mean_over((m_w*logits_cross_entropy(z, m_y, reduction='none')).sum(), (m_y != IGNORE).sum(), reduce)
-    known = cross_entropy(z, y_t.masked_fill(mask, IGNORE), reduce)
-    backward(cfg.mix*mix + cfg.weight*known)
+    mix = mean_over((m_w*logits_cross_entropy(z, m_y, reduction='none')).sum(), (m_y != IGNORE).sum(), sum_over(acc))
+    backward(cfg.mix*mix)
     opt.step(), sched.step()
-    return dict(source=source.detach(), mix=mix.detach(), known=known.detach(), sure=(m_w*~mask).sum()/(~mask).sum().clamp(min=1))
+    return dict(labelled=labelled.detach(), mix=mix.detach(), sure=(m_w*~mask).sum()/(~mask).sum().clamp(min=1))
 
 # %% ../nbs/05_methods/09_mixteacher.ipynb #1ce1da46
 @checked_dataclass
@@ -113,8 +113,7 @@ class MixTeacher:
     tau:Share = .968               # The teacher is sure of a pixel from this confidence on
     balance:Weight = .5            # How much more the teacher's labels of rare classes count: power of the class's share; 0: no more
     mix:Weight = 1.                # Weight of the mixed images
-    weight:Weight = 1.             # Weight of the pixels of the target that are known
-    share:Share = .5               # With `few` and `full`: how many of the labelled images are target images
+    weight:Weight = 1.             # Weight of the images with known labels: those of the target where there are some, else the source's
     colour:Tint = .25              # Strength of the colour changes, 0..0.5; 0: none, and no blur
     style:Share = 1.               # How often the labelled images come in the colours of the target's, 0..1
     rare:Weight = 0.               # Temperature of rare-class sampling of the source; 0: every image once an epoch
@@ -131,16 +130,15 @@ class MixTeacher:
 # %% ../nbs/05_methods/09_mixteacher.ipynb #d109ee9e
 def streams_of(
     job:Job,   # source, target, settings, seed, folder
-)->dict:       # Names and streams: labelled images, target images
-    "Labelled images, among them those of the target where there are some; target images with what is known of them."
+)->dict:       # Names and streams: source, target with what is known of it, and few, where some images are finished
+    "What a step is made of."
     cfg,seed = job.cfg,job.run.seed
     source,window = source_stream(job, replace(cfg, colour=0.)),check_fits(cfg.window, job.target)      # colours come in the step
     if cfg.labels in ('image', 'point', 'coarse'):
         return dict(source=source, target=weakly_labelled(job.target, window, seed, kind=cfg.labels, tags_of='image'))
-    if cfg.labels in ('few', 'full'):
-        few = few_labelled(getattr(job.target, 'few', job.target), window, seed, 'few')
-        source = alternately(source, few, cfg.share, seed)
-    return dict(source=source, target=labelled(job.target, window, seed, 'target'))
+    few = getattr(job.target, 'few', job.target)
+    more = dict(few=few_labelled(few, window, seed, 'few')) if cfg.labels in ('few', 'full') else {}
+    return dict(source=source, target=labelled(job.target, window, seed, 'target'), **more)
 
 # %% ../nbs/05_methods/09_mixteacher.ipynb #437daf81
 def adapt(
