@@ -120,5 +120,6 @@ def validate_runs(o:Validate):
     there = [c for c in COLUMNS if any(c in r for r in rows)]
     if o.json: print(json.dumps([{c: r.get(c) for c in there} for r in rows], indent=1))
     else: print(_align([there, None, *([_number(r.get(c)) for c in there] for r in rows)]))
-    if not o.json: print(f'higher is better; ranked by {o.by}, {min(o.images, len(data))} of {len(data)} images' + ('' if truth is not None else ' without labels'))
+    said = f'{min(o.images, len(data))} of {len(data)} images' + ('' if truth is not None else ' without labels')
+    if not o.json: print(f'higher is better; ranked by {o.by}, {said}')
     return 0

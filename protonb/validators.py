@@ -52,6 +52,7 @@ def spread_over(
     "Some positions, evenly spread."
     return torch.linspace(0, n-1, min(images, n)).round().long().tolist()
 
+# %% ../nbs/04_learning/19_validators.ipynb #45f76e0c
 @torch.no_grad()
 def looks(
     segment,              # From `segmenter`, or any callable: images uint8 (B,3,H,W) -> logits (B,K,h,w)
