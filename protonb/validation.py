@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Literal
 from tyro.conf import OmitArgPrefixes, Positional
 from .core import InputError, atomic_path
-from .datasets import open_dataset, require_labels
+from .datasets import open_dataset, require_labels, take
 from .evaluation import _align, evaluate
 from .feeding import segmenter
 from .options import open_with
 from .runs import FileOptions, device_of, fill_whole, ready
 from .settings import Seed, Some, Whole, checked_dataclass
 from .training import checkpoint_info, checkpoints, read_states
-from .validators import VALIDATORS, validate
+from .validators import VALIDATORS, spread_over, validate
 
 # %% ../nbs/07_shell/01e_validation.ipynb #3a74b266
 SECOND = ('student', 'memory', 'average', 'teacher')      # What methods call the other network of a checkpoint
@@ -76,7 +76,7 @@ class Validate:
     split:str = 'train'          # Split of the data set
     by:Literal[tuple(VALIDATORS)] = 'information'  # Score that ranks
     checkpoints:bool = False     # A row for each checkpoint that a run keeps, not the newest alone
-    images:Whole(1) = 64         # Most images that the scores look at, evenly spread
+    images:Whole(1) = 64         # Most images to look at, evenly spread
     pixels:Whole(2) = 16384      # Pixels of them in all
     seed:Seed = 0                # Which pixels
     json:bool = False            # Print JSON
@@ -87,11 +87,11 @@ class Validate:
 # %% ../nbs/07_shell/01e_validation.ipynb #a47f9ad1
 COLUMNS = ('run', 'stage', 'step', *VALIDATORS, 'miou')
 
-def _images_and_truth(spec, split, space):
-    "The images of a data set, and once more with labels, or None where it has none."
+def _images_and_truth(spec, split, space, images):
+    "The images of a data set, and those that are looked at with their labels, or None where it has none."
     try: labelled = require_labels(open_dataset(spec, split, space), spec)
     except InputError: return open_dataset(spec, split, space, labelled=False), None
-    return labelled, labelled
+    return labelled, take(labelled, spread_over(len(labelled), images))
 
 def _number(v): return '-' if v is None or v != v else f'{v:.3f}' if isinstance(v, float) else str(v)
 
@@ -111,7 +111,7 @@ def validate_runs(o:Validate):
     for run in opened:
         if run.space.classes != first.space.classes:
             raise InputError(f'{run.dir}: has the classes of {run.space.name}, {first.dir} those of {first.space.name}; expected the same')
-    data,truth = _images_and_truth(o.data, o.split, first.space)
+    data,truth = _images_and_truth(o.data, o.split, first.space, o.images)
     for run in opened: rows += rows_of(run, data, truth, o.checkpoints, progress=not o.json, **how)
     ranked = [r for r in rows if o.by in r]
     if not ranked: raise InputError(f'--by {o.by}: no checkpoint holds a second network; expected another score')
@@ -120,5 +120,6 @@ def validate_runs(o:Validate):
     there = [c for c in COLUMNS if any(c in r for r in rows)]
     if o.json: print(json.dumps([{c: r.get(c) for c in there} for r in rows], indent=1))
     else: print(_align([there, None, *([_number(r.get(c)) for c in there] for r in rows)]))
-    if not o.json: print(f'higher is better; ranked by {o.by}, {len(data)} images' + ('' if truth is not None else ' without labels'))
+    said = f'{min(o.images, len(data))} of {len(data)} images' + ('' if truth is not None else ' without labels')
+    if not o.json: print(f'higher is better; ranked by {o.by}, {said}')
     return 0

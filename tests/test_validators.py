@@ -210,7 +210,7 @@ def test_images_without_labels(home, capsys, tmp_path):
     for i in range(2): Image.fromarray(Streets(REAL, 2, size=SIZE, seed=1)[i][0].permute(1, 2, 0).numpy()).save(tmp_path/f'{i}.png')
     assert main(['validate', str(home/'plain'), '--data', f'images:{tmp_path}', '--pixels', '200']) == 0
     said = capsys.readouterr().out
-    assert 'miou' not in said and '2 images without labels' in said
+    assert 'miou' not in said and '2 of 2 images without labels' in said
 
 
 def test_bad_input_is_one_line(home, capsys, tmp_path):
