@@ -37,6 +37,7 @@ class Entry:
     returns: Param | None = None
     methods: list = field(default_factory=list)  # Entry of each
     source: str = ""
+    made: bool = False                           # a class with an __init__ of its own: its params are arguments, not fields
     cell: str = ""                               # id of the notebook cell that exports it
 
     def missing(self):
@@ -173,6 +174,7 @@ class Reader:
                                         self.said(part.lineno, part.end_lineno)))
             elif isinstance(part, ast.FunctionDef) and part.name == "__init__":
                 out.params += self.params(part)
+                out.made = True
                 out.signature = self.signature(part, f"class {node.name}")
             elif isinstance(part, ast.FunctionDef) and (not part.name.startswith("_") or part.name in SHOWN_DUNDERS):
                 out.methods.append(self.function(part, f"{node.name}.{part.name}"))

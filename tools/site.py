@@ -45,6 +45,7 @@ FONTS = {  # family -> (package, file, style)
 PARTS = {"01_data": "Data", "02_ops": "Operations", "03_models": "Networks", "04_learning": "Learning", "05_methods": "Methods",
          "06_guides": "Guides", "07_shell": "Command line"}
 PAGES_OF_FILES = {"CONTRIBUTING.md": "contributing", "CHANGELOG.md": "changelog", "kernels/README.md": "kernels", "LICENSE": None}
+LEXER, FORMATTER = PythonLexer(stripnl=False), HtmlFormatter(wrapcode=True)
 SHOWN = ("image/svg+xml", "image/png", "image/jpeg")
 
 
@@ -73,7 +74,7 @@ def slug(text):
 
 def python(source):
     """Highlighted Python."""
-    return highlight(source, PythonLexer(stripnl=False), HtmlFormatter(wrapcode=True))
+    return highlight(source, LEXER, FORMATTER)
 
 
 def escape(text):
@@ -150,6 +151,7 @@ class Book:
         self.home = {e.name: m for m in self.modules.values() for e in m.entries}
         self.examples = {}      # (module, symbol) -> address of its example
         self.anchors = {}       # page -> ids of its headings
+        self.readers = {}       # page -> its parser of Markdown
 
     # where things are
 
@@ -211,7 +213,11 @@ class Book:
 
     def markdown(self, text, page):
         """HTML of Markdown without headings."""
-        return MarkdownWithMath(renderer=Renderer(self, page)).render(text).strip()
+        if not text.strip():
+            return ""
+        if page not in self.readers:
+            self.readers[page] = MarkdownWithMath(renderer=Renderer(self, page))
+        return self.readers[page].render(text).strip()
 
     def block(self, inner, kind="text"):
         """A piece of HTML that mkdocs leaves alone."""
@@ -310,7 +316,7 @@ class Book:
             if cell.cell_type == "markdown":
                 source = cell.source
                 first = re.match(r"# (.+)\n+>\s*(.+(?:\n>.*)*)\n*", source)
-                if first and not out:
+                if first and not promise:
                     title, promise = first[1].strip(), re.sub(r"\n>\s*", " ", first[2])
                     out.append(f"# {title} {{: #top }}\n" + self.block(self.markdown(promise, page), "promise") + self.facts(rel))
                     source = source[first.end():]
@@ -318,7 +324,7 @@ class Book:
                 last = source
             elif cell.cell_type == "code":
                 out.append(self.code(cell, page, last))
-        self.pages[page] = self.front(title, promise) + "".join(out)
+        self.pages[page] = self.front(title, promise) + folded("".join(out))
         self.find_examples(nb, rel, page)
         return {title: page.replace(".html", ".md")}
 
@@ -378,7 +384,7 @@ class Book:
         name = e.name
         out = [f"\n{level} `{name}` {{: #{name} }}\n"]
         body = [f'<span class="kind">{e.kind}</span>' if e.kind != "function" else ""]
-        body.append(python(e.signature if e.kind != "constant" else short(e.signature)))
+        body.append(python(e.signature if e.kind != "constant" else short(uncommented(e.signature))))
         body.append(self.markdown(e.doc, page))
         if e.params:
             body.append(self.table(e, page))
@@ -406,13 +412,13 @@ class Book:
                 continue
             had |= {q.name for q in same}
             names = ", ".join(f"<code>{escape(q.name)}</code>" for q in same)
-            rows.append(f"<tr><td>{names}</td>" + (f"<td>{code(p.type)}</td>" if typed else "") + (f"<td>{code(p.default)}</td>" if given else "")
+            rows.append(f"<tr><td>{names}</td>" + (f"<td>{code(p.type)}</td>" if typed else "") + (f'<td class="default">{code(p.default)}</td>' if given else "")
                         + f"<td>{self.markdown(p.text, page)[3:-4] if p.text else ''}</td></tr>")
         if e.returns and (e.returns.text or e.returns.type):
             rows.append(f'<tr class="returns"><td>returns</td>' + ("<td>" + code(e.returns.type) + "</td>" if typed else "") + ("<td></td>" if given else "")
                         + f"<td>{'' if typed or not e.returns.type else code(e.returns.type) + ' '}"
                         f"{self.markdown(e.returns.text, page)[3:-4] if e.returns.text else ''}</td></tr>")
-        head = "<th>" + ("field" if e.kind == "class" else "parameter") + "</th>" + ("<th>type</th>" if typed else "") + \
+        head = "<th>" + ("parameter" if e.made or e.kind != "class" else "field") + "</th>" + ("<th>type</th>" if typed else "") + \
             ("<th>default</th>" if given else "") + "<th>what it is</th>"
         return f'<div class="table"><table class="params"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
@@ -495,6 +501,11 @@ class Book:
             extra=dict(generator=False, polyfills=["assets/iframe-worker.js"]), validation=dict(links=dict(not_found="ignore", unrecognized_links="ignore", anchors="ignore")))
 
 
+def folded(text):
+    """Cells of imports that follow each other, in one fold."""
+    return re.sub(r"</details>\s*</div>\s*<div class=\"cell[^\"]*\" id=\"[^\"]*\">\s*<details class=\"imports\"><summary>imports</summary>", "", text)
+
+
 def hidden(source):
     """Cells that only the book's machinery needs."""
     return bool(re.search(r"^#\|\s*(hide|default_exp)\b", source, re.M))
@@ -502,6 +513,8 @@ def hidden(source):
 
 def only_imports(code):
     """Nothing but imports, and the setting that some of them need."""
+    if not re.match(r"\s*(#.*\n)*\s*(import|from)\b", code):
+        return False
     try:
         body = ast.parse(re.sub(r"^[%!].*$", "", code, flags=re.M)).body
     except SyntaxError:
@@ -537,6 +550,11 @@ def short(source, lines=8):
     """The beginning of a long assignment."""
     all_lines = source.splitlines()
     return source if len(all_lines) <= lines else "\n".join([*all_lines[:lines], "..."])
+
+
+def uncommented(source):
+    """An assignment of one line without the comment behind it, which stands below."""
+    return re.sub(r"\s+# .*$", "", source) if "\n" not in source and "'" not in source.rpartition("#")[2] else source
 
 
 def code(text):

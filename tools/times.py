@@ -1,12 +1,12 @@
 """How long each notebook runs and how much memory it needs: `python tools/times.py [NOTEBOOK ...]` measures them (all, without names) and writes tools/times.csv.
 
-Each runs alone in a process of its own, on one thread, as `make test` runs it. The site prints the numbers under the title of a page.
+Each runs alone in a process of its own, on one thread, as `make test` runs it. Seconds are those of the processor (with its children's), so that another
+program on the machine changes little. The site prints the numbers under the title of a page.
 """
 import csv
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,14 +24,13 @@ def read():
 
 def measure(path):
     """Seconds and peak memory in MB of one notebook; stops when it fails."""
-    start = time.time()
     code = f"import sys; from pathlib import Path; from nbdev.test import test_nb; sys.exit(not test_nb(Path({str(path)!r}))[0])"
-    child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=os.environ | ONE_THREAD, stdout=subprocess.DEVNULL)
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=os.environ | ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)   # it has been waited for
     if child.returncode:
         sys.exit(f"{path} fails: run `nbdev_test --path {path}`")
-    return time.time() - start, usage.ru_maxrss/1024
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss/1024
 
 
 def main():
