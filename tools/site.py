@@ -4,7 +4,6 @@ Notebooks and exported docstrings become Markdown under _docs/ (headings stay Ma
 by nbconvert's own parser, so that a cell reads as in JupyterLab), and mkdocs with the material theme makes the pages. KaTeX sets the formulas here, not
 in the browser; it, the fonts and the shim of the offline search are npm packages, kept in .venv/npm. Nothing of theirs is committed.
 """
-import ast
 import base64
 import hashlib
 import html
@@ -32,6 +31,7 @@ from pygments.lexers import PythonLexer
 sys.path.insert(0, str(Path(__file__).parent))
 import api  # noqa: E402
 import times  # noqa: E402
+from cells import bare, hidden, only_imports, silent  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS, DOCS, SITE = ROOT/"nbs", ROOT/"_docs", ROOT/"site"
@@ -290,10 +290,10 @@ class Book:
         if hidden(source):
             return ""
         shown = self.outputs(cell, page, before)
-        if re.search(r"^#\|\s*echo:\s*false", source, re.M):
+        if silent(source):
             return self.block(shown, "cell") if shown else ""
         exported = re.search(r"^#\|\s*export", source, re.M)
-        code = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip("\n")
+        code = bare(source)
         if not code.strip():
             return self.block(shown, "cell") if shown else ""
         body = python(code)
@@ -504,23 +504,6 @@ class Book:
 def folded(text):
     """Cells of imports that follow each other, in one fold."""
     return re.sub(r"</details>\s*</div>\s*<div class=\"cell[^\"]*\" id=\"[^\"]*\">\s*<details class=\"imports\"><summary>imports</summary>", "", text)
-
-
-def hidden(source):
-    """Cells that only the book's machinery needs."""
-    return bool(re.search(r"^#\|\s*(hide|default_exp)\b", source, re.M))
-
-
-def only_imports(code):
-    """Nothing but imports, and the setting that some of them need."""
-    if not re.match(r"\s*(#.*\n)*\s*(import|from)\b", code):
-        return False
-    try:
-        body = ast.parse(re.sub(r"^[%!].*$", "", code, flags=re.M)).body
-    except SyntaxError:
-        return False
-    return bool(body) and isinstance(body[0], (ast.Import, ast.ImportFrom)) and all(
-        isinstance(n, (ast.Import, ast.ImportFrom)) or "environ.setdefault" in ast.unparse(n) for n in body)
 
 
 def described(cell, output, before):
