@@ -377,6 +377,7 @@ def _agreement(acc):
     finally: torch.distributed.destroy_process_group(group)
 
 # %% ../nbs/04_learning/02_training.ipynb #d3ca27a5
+#: Settings that may differ when a run goes on
 FREE = {f'train.{n}' for n in ('workers', 'log_every', 'checkpoint_every', 'keep', 'device', 'batch_size', 'skip_nonfinite')}
 FREE |= {'config.feed.width'}     # older runs lack it
 
