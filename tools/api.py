@@ -61,7 +61,7 @@ def comments(source):
     found, alone = {}, set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
-            found[token.start[0]] = token.string.lstrip("#").strip()
+            found[token.start[0]] = token.string.lstrip("#:").strip()
             if not token.line[:token.start[1]].strip():
                 alone.add(token.start[0])
     return found, alone
@@ -104,10 +104,12 @@ class Reader:
             if p.arg in ("self", "cls"):
                 continue
             beside = [q.arg for (q, _), e in zip(rows, ends) if e == end and q.arg not in ("self", "cls")]
-            text = self.said(p.lineno, end) if end != head or len(beside) == 1 else ""   # there it tells what comes back
+            text = self.said(p.lineno, end).partition(" -> ")[0]
             parts = re.split(r";\s+", text)
             if len(beside) == len(parts) > 1:       # one part of the comment for each
                 text = parts[beside.index(p.arg)]
+            elif end == head and len(beside) > 1:   # there it tells what comes back
+                text = ""
             out.append(Param(stars.get(p, "") + p.arg, self.text(p.annotation), self.text(d), text))
         return out
 
@@ -119,7 +121,9 @@ class Reader:
         """What a function gives back: its annotation and the comment behind the colon of its head, on a line without parameters."""
         line = self.head(node)
         inside = [p for p in ast.walk(node.args) if isinstance(p, ast.arg) and p.arg not in ("self", "cls") and p.end_lineno == line]
-        text = self.comments.get(line, "") if len(inside) != 1 else ""
+        text = self.comments.get(line, "")
+        shared = len(inside) == 1 or len(inside) == text.partition(" -> ")[0].count("; ") + 1 > 1
+        text = text.partition(" -> ")[2] if " -> " in text and inside else "" if shared else text
         return Param("", self.text(node.returns), "", text) if node.returns or text else None
 
     def signature(self, node, name, skip_self=False):
@@ -136,12 +140,10 @@ class Reader:
         line = f"{name}({', '.join(words)}){back}"
         return line if len(line) <= WIDE else f"{name}(\n" + "".join(f"    {w},\n" for w in words) + f"){back}"
 
-    def described(self, node):
-        """A docstring, or for a body of one line the comment behind it."""
+    def described(self, node, method):
+        """A docstring; for a method, or a body of one line, the comment behind its head will do."""
         doc = ast.get_docstring(node)
-        if doc:
-            return doc
-        return self.comments.get(node.lineno, "") if node.end_lineno == node.lineno else ""
+        return doc or (self.comments.get(self.head(node), "") if method or node.end_lineno == node.lineno else "")
 
     def function(self, node, name):
         """Entry of a function or method."""
@@ -152,7 +154,7 @@ class Reader:
         back = self.returns(node)
         if back and ast.get_docstring(node) is None and node.end_lineno == node.lineno:
             back.text = ""      # the comment of a one-line body is its description
-        return Entry(name, "property" if prop else "function", sign, self.described(node), [] if prop else self.params(node), back,
+        return Entry(name, "property" if prop else "function", sign, self.described(node, "." in name), [] if prop else self.params(node), back,
                      source=self.segment(node))
 
     def segment(self, node):

@@ -376,7 +376,7 @@ class Book:
         out.append(self.block(f'<table class="contents"><tbody>{rows}</tbody></table>', "table contents") if rows else "")
         for e in module.entries:
             out.append(self.entry(module, e, page))
-        self.pages[page] = self.front(f"protonb.{module.name}", module.doc, 3) + "".join(out)
+        self.pages[page] = self.front(f"protonb.{module.name}", module.doc, 9 if module.name == "ops" else 3)   # the public door first + "".join(out)
         return {f"{module.name}": page.replace(".html", ".md")}
 
     def entry(self, module, e, page, level="##"):
@@ -502,8 +502,8 @@ class Book:
 
 
 def folded(text):
-    """Cells of imports that follow each other, in one fold."""
-    return re.sub(r"</details>\s*</div>\s*<div class=\"cell[^\"]*\" id=\"[^\"]*\">\s*<details class=\"imports\"><summary>imports</summary>", "", text)
+    """Cells of imports that follow each other, in one fold; links to the later ones keep their place."""
+    return re.sub(r"</details>\s*</div>\s*<div class=\"cell[^\"]*\" (id=\"[^\"]*\")>\s*<details class=\"imports\"><summary>imports</summary>", r"<span \1></span>", text)
 
 
 def described(cell, output, before):
