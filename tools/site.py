@@ -376,7 +376,7 @@ class Book:
         out.append(self.block(f'<table class="contents"><tbody>{rows}</tbody></table>', "table contents") if rows else "")
         for e in module.entries:
             out.append(self.entry(module, e, page))
-        self.pages[page] = self.front(f"protonb.{module.name}", module.doc, 9 if module.name == "ops" else 3)   # the public door first + "".join(out)
+        self.pages[page] = self.front(f"protonb.{module.name}", module.doc, 9 if module.name == "ops" else 3) + "".join(out)   # the public door is found first
         return {f"{module.name}": page.replace(".html", ".md")}
 
     def entry(self, module, e, page, level="##"):
