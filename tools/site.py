@@ -358,7 +358,8 @@ class Book:
                 continue
             later = [c for c in cells[at+1:] if not re.search(r"^#\|\s*(export|hide|default_exp)", c.source, re.M) and not only_imports(c.source)]
             named = next((c for c in later if re.search(rf"\b{re.escape(entry.name)}\b", c.source)), None)
-            self.examples[module.name, entry.name] = (f"{page}#cell-{entry.cell}", f"{page}#cell-{named['id']}" if named else "")
+            seen = [c if c and f'id="cell-{c}"' in self.pages[page] else "" for c in (entry.cell, named and named["id"])]   # a hidden cell has no place
+            self.examples[module.name, entry.name] = tuple(f"{page}#cell-{c}" if c else "" for c in seen)
 
     # reference
 
