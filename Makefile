@@ -1,4 +1,4 @@
-# make demo | make test | make lab | make bench | make bench-gpu        each makes .venv from requirements.lock first when it is missing or stale
+# make demo | make test | make lab | make site | make bench | make bench-gpu        each makes .venv from requirements.lock first when it is missing or stale
 PYTHON ?= python3
 PY     ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 VENV   := .venv
@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lab readme export bench bench-gpu clean
+.PHONY: help venv demo test test-browser lab site readme export bench bench-gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -29,8 +29,16 @@ demo: $(STAMP)  ## train source-only and DIP on procedural streets, write demo/r
 test: $(STAMP)  ## everything CI checks: export, clean, README, all notebooks, pytest
 	$(BIN)/python tools/check.py
 
-lab: $(STAMP)  ## JupyterLab on the book
-	$(BIN)/jupyter lab --notebook-dir=nbs
+lab: $(STAMP)  ## JupyterLab, opened on the tour
+	$(BIN)/jupyter lab --config tools/lab.py
+
+site: $(STAMP)  ## the book and its reference as pages: site/index.html (needs npm)
+	$(BIN)/python tools/site.py
+
+test-browser: $(STAMP)  ## site and JupyterLab in a headless Chromium, which is installed when missing
+	$(BIN)/python tools/chromium.py
+	$(BIN)/python tools/site.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 8 tests/browser
 
 export: $(STAMP)  ## notebooks -> protonb/, cleaned, README.md
 	$(BIN)/nbdev_export
@@ -47,5 +55,5 @@ bench-gpu:  ## GPU tests, then benchmarks; runs with PY=python from a checkout, 
 	$(PY) benchmarks/bench.py --device cuda
 
 clean:  ## remove caches and the demo's output, keep .venv
-	rm -rf demo build dist *.egg-info .pytest_cache _proc
+	rm -rf demo site _docs build dist *.egg-info .pytest_cache _proc
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -32,9 +32,11 @@ setup(
     package_data={"protonb": ["lists/*.csv"]},
     install_requires=words("requirements"),
     extras_require={
-        "dev": words("dev_requirements") + words("triton_requirements") + words("backbones_requirements") + words("coco_requirements"),
+        "dev": words("dev_requirements") + words("triton_requirements") + words("backbones_requirements") + words("coco_requirements")
+        + words("site_requirements") + words("browser_requirements"),
         "backbones": words("backbones_requirements"),
         "coco": words("coco_requirements"),
+        "site": words("site_requirements"),
         "foundation": words("foundation_requirements"),
         "triton": words("triton_requirements"),
     },

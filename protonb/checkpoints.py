@@ -68,7 +68,7 @@ class Fit:
     others:tuple=()     # Entries that would fit as well
 
     @property
-    def rank(self): return 2 - self.whole + (self.classes is not None and self.whole)/2
+    def rank(self): return 2 - self.whole + (self.classes is not None and self.whole)/2  # 1: all of it; more: less of it
 
 def differences(
     own:dict,    # Name -> tensor that the network has
@@ -127,7 +127,7 @@ def backbone_fit(
     return Fit(part.entry, state, differences(own, state) + tuple(f'{h}, a head of another network' for h in heads), False, None, left)
 
 # %% ../nbs/03_models/09_checkpoints.ipynb #ck000017
-AVERAGES = ('ema', 'teacher', 'momentum', 'average', 'swa', 'encoder_k')
+AVERAGES = ('ema', 'teacher', 'momentum', 'average', 'swa', 'encoder_k')  # What files call a copy of the weights that is an average
 
 def likelihood(
     entry:str,  # Dotted path

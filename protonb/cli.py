@@ -87,7 +87,7 @@ def open_job(
     return job, val
 
 # %% ../nbs/07_shell/02_cli.ipynb #3a210871
-def announce(o):
+def announce(o):  # Options of a run
     "What was chosen, and what of it will not come into effect."
     if getattr(o, 'recipe', '') == 'fitted' and (table := choice_table(o.method.settings(), o.hyper)): print(table)
     if getattr(o, 'begin', '') == 'before': print('stages go on from the weights of the stage before (--begin before)')
@@ -112,9 +112,9 @@ def train(
 
 # %% ../nbs/07_shell/02_cli.ipynb #2d3365d1
 EXAMPLE = dict(labelled='--source gta5:/data/GTA5 ', model='--start runs/source ', none='', unlabelled='', weak='--labels coarse ',
-               few='--shots 5 ', support='--shots 5 ', any='--labels few --shots 5 ')
+               few='--shots 5 ', support='--shots 5 ', any='--labels few --shots 5 ')  # Words of an example for each need of a method
 
-def method_help(m):
+def method_help(m):  # `Method`
     "The words of an example, and where the rest of the options is."
     start = EXAMPLE[m.source] + ('' if m.target == 'none' else '--target cityscapes:/data/cityscapes ' + EXAMPLE[m.target])
     more = '' if m.source == 'model' else ' --weights ' + ('resnet101.pth' if m.target in ('none', 'unlabelled') else 'runs/source')
@@ -157,7 +157,7 @@ class TrainMethod:
     "Train a method; `protonb train NAME --help` tells its options."
     name:Positional[str]   # Name of the method
 
-def train_help(): return 'Train a method:\n' + '\n'.join(f'  {m.name:12} {m.about}' for m in METHODS.values())
+def train_help(): return 'Train a method:\n' + '\n'.join(f'  {m.name:12} {m.about}' for m in METHODS.values())  # The list of methods
 
 # %% ../nbs/07_shell/02_cli.ipynb #395b32dc
 @checked_dataclass
@@ -171,7 +171,7 @@ class MakePrototypes:
     allow_missing:bool = False    # Go on when a class has no support image
     out:Path|None = None      # File to write; prototypes.safetensors in the run folder when left out
 
-def make_prototypes(o:MakePrototypes):
+def make_prototypes(o:MakePrototypes):  # The options
     "protonb prototypes"
     run = open_run(o.run)
     if run.method != 'dip': raise InputError(f'{o.run}: a {run.method} run has a classifier and no prototypes; expected a run of DIP')
@@ -195,7 +195,7 @@ class Eval:
     device:Literal['auto', 'cpu', 'cuda'] = 'auto'  # Where to compute
 
 # %% ../nbs/07_shell/02_cli.ipynb #cl000002
-def eval_run(o:Eval):
+def eval_run(o:Eval):  # The options
     "protonb eval"
     run = open_with(o, o.run, o.data)
     score(run, open_dataset(o.data, o.split, run.space), f'{o.data} {o.split}', o.look)
@@ -241,7 +241,7 @@ def is_prediction(path, root, out):
     return bool(stamp_of(path)) or out is not None and here(root) in out.parents and out in here(path).parents
 
 # %% ../nbs/07_shell/02_cli.ipynb #cl000005
-def predict(o:Predict):
+def predict(o:Predict):  # The options
     "protonb predict"
     items,run = find_images(o.images, o.out),open_with(o, o.run)
     mine,device,bad = {os.path.realpath(p) for _,p in items},device_of(run),[]
@@ -270,7 +270,7 @@ class Report:
     device:Literal['auto', 'cpu', 'cuda'] = 'auto'  # Where to compute
 
 # %% ../nbs/07_shell/02_cli.ipynb #ec507e2c
-def report(o:Report):
+def report(o:Report):  # The options
     "protonb report"
     last = o.runs[-1]
     page = o.out or (last/'report.html' if last.is_dir() else last.with_suffix('.html'))
@@ -297,7 +297,7 @@ class Info:
     "Versions and devices, or what a run folder holds."
     run:Positional[Path|None] = None  # Run folder; versions only when left out
 
-def info(o:Info):
+def info(o:Info):  # The options
     "protonb info"
     if o.run is None:
         for k,v in versions(accelerator_for(Train())).items(): print(f'{k:12} {v}')
@@ -316,13 +316,14 @@ def info(o:Info):
     return 0
 
 # %% ../nbs/07_shell/02_cli.ipynb #145295a0
+#: options -> what runs them
 COMMANDS = {Demo: demo, MakePrototypes: make_prototypes, Predict: predict, Eval: eval_run, Report: report, Info: info, Data: use_data,
             Validate: validate_runs}
 Command = Union[
     Annotated[Demo, subcommand('demo')], Annotated[TrainMethod, subcommand('train')],
     Annotated[MakePrototypes, subcommand('prototypes')], Annotated[Predict, subcommand('predict')],
     Annotated[Eval, subcommand('eval')], Annotated[Report, subcommand('report')], Annotated[Info, subcommand('info')],
-    Annotated[Validate, subcommand('validate')], Annotated[Data, subcommand('data')]]
+    Annotated[Validate, subcommand('validate')], Annotated[Data, subcommand('data')]]  # Every command with its options
 
 EXAMPLES = """Prototype-based domain adaptation for semantic segmentation.
 
@@ -341,7 +342,7 @@ examples:
 data sets:
   gta5:DIR  synthia:DIR  cityscapes:DIR  camvid:DIR  carla:DIR  carlascapes:DIR
   bdd100k:DIR  vistas:DIR  acdc:DIR  dark_zurich:DIR  idd:DIR
-  folder:FILE.toml  folder:EXPORT (of CVAT, Supervisely)  images:DIR (unlabelled)  streets:synthetic  streets:real"""
+  folder:FILE.toml  folder:EXPORT (of CVAT, Supervisely)  images:DIR (unlabelled)  streets:synthetic  streets:real"""  # The help text
 
 # %% ../nbs/07_shell/02_cli.ipynb #9668d313
 def parse(

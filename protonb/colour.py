@@ -63,10 +63,10 @@ SOLARIZE = Op('solarize', lambda m, sign, size: 256*(1-m/9), ImageOps.solarize) 
 POSTERIZE = Op('posterize', lambda m, sign, size: (8, 8, 7, 7, 6, 6, 5, 5, 4, 4)[m], ImageOps.posterize)  # Keep so many bits
 EQUALIZE = Op('equalize', _none, _equalize)              # Use all grey levels equally often
 AUTOCONTRAST = Op('autocontrast', _none, _autocontrast)  # Stretch from black to white
-INVERT = Op('invert', _none, lambda p, v: ImageOps.invert(p))
-COLOR = Op('color', _factor, _color)
-CONTRAST = Op('contrast', _factor, _contrast)
-SHARPNESS = Op('sharpness', _factor, _sharpness)
+INVERT = Op('invert', _none, lambda p, v: ImageOps.invert(p))  # Turn every grey level into its opposite
+COLOR = Op('color', _factor, _color)  # More or less saturation
+CONTRAST = Op('contrast', _factor, _contrast)  # More or less contrast
+SHARPNESS = Op('sharpness', _factor, _sharpness)  # Sharper or softer
 
 # %% ../nbs/01_data/06_colour.ipynb #c4fcb918
 POLICIES = (                                              # IAPC's sub-policies: two of (change, probability, magnitude)

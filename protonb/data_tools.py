@@ -95,17 +95,19 @@ class Split:
     labelled:bool=True                           # Whether it has labels at all
 
     @property
-    def seen(self): return [l for l in self.looked if l.pixels is not None]
+    def seen(self): return [l for l in self.looked if l.pixels is not None]  # What could be read
     @property
-    def pixels(self): return np.sum([l.pixels for l in self.seen], 0, dtype=np.int64) if self.seen else np.zeros(self.classes, np.int64)
+    def pixels(self):  # (K,) of each class
+        return np.sum([l.pixels for l in self.seen], 0, dtype=np.int64) if self.seen else np.zeros(self.classes, np.int64)
     @property
-    def void(self): return sum(l.void for l in self.seen)
+    def void(self): return sum(l.void for l in self.seen)  # Pixels of no class
     @property
-    def images_with(self): return np.sum([l.pixels > 0 for l in self.seen], 0) if self.seen else np.zeros(self.classes, np.int64)
+    def images_with(self):  # (K,) that show each class
+        return np.sum([l.pixels > 0 for l in self.seen], 0) if self.seen else np.zeros(self.classes, np.int64)
     @property
-    def sizes(self): return Counter(l.size for l in self.looked if l.size)
+    def sizes(self): return Counter(l.size for l in self.looked if l.size)  # size -> images
     @property
-    def shares(self): return self.pixels/max(1, self.pixels.sum())
+    def shares(self): return self.pixels/max(1, self.pixels.sum())  # (K,) of all pixels
 
 # %% ../nbs/07_shell/01c_data.ipynb #dd000017
 def read_split(
@@ -331,7 +333,7 @@ class Check:
     out:Path|None = None      # Folder for a contact sheet and a plot of the class shares
     json:bool = False         # Print one JSON object instead of text
 
-def check(o:Check):
+def check(o:Check):  # The options
     "protonb data check"
     c = check_data(o.spec, 8 if o.out else 0)
     made = write_pictures(c, o.out) if o.out else []
@@ -345,7 +347,7 @@ class Stats:
     spec:Positional[str]      # Data set, kind:path; all splits are looked at, unless it names one
     json:bool = False         # Print one JSON object instead of text
 
-def stats(o:Stats):
+def stats(o:Stats):  # The options
     "protonb data stats"
     c = check_data(o.spec)
     if not c.splits: raise InputError(c.faults[0].message)
@@ -383,7 +385,7 @@ def _points(weak, name, label, table):
     p = pick_points(label, rng_for(weak.seed, 'points', name), weak.space.num_classes, min(2, *label.shape))
     return replace(p, ids=table[p.ids])
 
-def weaken(o:Weaken):
+def weaken(o:Weaken):  # The options
     "protonb data weaken"
     if o.out.exists(): raise InputError(f'{o.out}: is there already, expected a new folder')
     ds = open_dataset(o.spec, o.split)
@@ -428,7 +430,7 @@ def group_by(
     return group
 
 # %% ../nbs/07_shell/01c_data.ipynb #dd000045
-def fewshot(o:FewShot):
+def fewshot(o:FewShot):  # The options
     "protonb data fewshot"
     ds = open_dataset(o.spec, o.split)
     names = [normal(str(n)) for n in ds.names]
@@ -439,14 +441,14 @@ def fewshot(o:FewShot):
     return 0
 
 # %% ../nbs/07_shell/01c_data.ipynb #dd000048
-TOOLS = {Check: check, Stats: stats, Weaken: weaken, FewShot: fewshot}
+TOOLS = {Check: check, Stats: stats, Weaken: weaken, FewShot: fewshot}  # options -> what runs them
 
 @checked_dataclass
 class Data:
     "Look at a data set before training: check, stats; make weak or few labels of it: weaken, fewshot."
-    what:OmitSubcommandPrefixes[Union[Annotated[Check, subcommand('check')], Annotated[Stats, subcommand('stats')],
+    what:OmitSubcommandPrefixes[Union[Annotated[Check, subcommand('check')], Annotated[Stats, subcommand('stats')],   # The tool
         Annotated[Weaken, subcommand('weaken')], Annotated[FewShot, subcommand('fewshot')]]]
 
-def use_data(o:Data):
+def use_data(o:Data):  # The options
     "protonb data"
     return TOOLS[type(o.what)](o.what)

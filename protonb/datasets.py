@@ -257,11 +257,11 @@ def published(
     return PairFolder(*pairs, space=space, channel=l.channel, resize_label=l.resize_label, mask=l.mask, **_meaning(l, root, space))
 
 # %% ../nbs/01_data/03_datasets.ipynb #14906000
-def gta5(root, space=CITYSCAPES, labelled=True)->PairFolder:
+def gta5(root, space=CITYSCAPES, labelled=True)->PairFolder:  # Its folder; classes; only images with labels
     "GTA5, Playing for Data (Richter et al. 2016)."
     return published('gta5', root, '', space, labelled)
 
-def cityscapes(root, split='train', space=CITYSCAPES, labelled=True)->PairFolder:
+def cityscapes(root, split='train', space=CITYSCAPES, labelled=True)->PairFolder:  # Its folder; split; classes; only images with labels
     "Cityscapes with fine labels (Cordts et al. 2016)."
     return published('cityscapes', root, split, space, labelled)
 
@@ -276,7 +276,7 @@ def synthia(
     return published('synthia' if lane_is_road else 'synthia_no_lanes', root, '', space, labelled)
 
 # %% ../nbs/01_data/03_datasets.ipynb #ec9f340c
-def camvid(root, split='train', space=CAMVID, labelled=True)->PairFolder:
+def camvid(root, split='train', space=CAMVID, labelled=True)->PairFolder:  # Its folder; split; classes; only images with labels
     "CamVid with 11 classes (Brostow et al. 2009; the split of SegNet)."
     return published('camvid', root, split, space, labelled)
 

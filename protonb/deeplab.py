@@ -32,7 +32,7 @@ class SumHead(nn.Module):
         self.name = name
         self.add_module(name, nn.ModuleList(nn.Conv2d(channels, num_classes, 3, 1, r, r) for r in rates))
 
-    def forward(self, x): return sum(conv(x) for conv in self._modules[self.name])
+    def forward(self, x): return sum(conv(x) for conv in self._modules[self.name])  # (B,C,h,w) -> (B,K,h,w)
 
 # %% ../nbs/03_models/05_deeplab.ipynb #fc46f2f6
 #: Blue, green, red means that Caffe models subtract
@@ -66,7 +66,7 @@ class IAPCNet(nn.Module):
         for i,layer in enumerate(stages): self.add_module(f'layer{i}', layer)
         self.layer6 = SumHead(widths[4], num_classes, rates)
 
-    def forward(self, x, features=False):
+    def forward(self, x, features=False):  # (B,3,H,W); features too -> logits (B,K,h,w)
         x = caffe_input(x) if self.caffe else x
         for i in range(5):
             x = getattr(self, f'layer{i}')(x)
@@ -170,7 +170,7 @@ class Atrous(nn.Module):
         self.atrous_conv = nn.Conv2d(inputs, outputs, 3 if rate else 1, 1, rate, rate or 1, bias=False)
         self.bn = nn.BatchNorm2d(outputs)
 
-    def forward(self, x): return self.bn(self.atrous_conv(x)).relu()
+    def forward(self, x): return self.bn(self.atrous_conv(x)).relu()  # (B,C,h,w)
 
 def resize(
     x,           # (B,C,h,w)
@@ -194,7 +194,7 @@ class ASPP(nn.Module):
         self.conv1,self.bn1 = nn.Conv2d((len(rates)+2)*channels, channels, 1, bias=False),nn.BatchNorm2d(channels)
         self.branches = len(rates) + 1
 
-    def forward(self, x):
+    def forward(self, x):  # (B,C,h,w)
         if len(x) == 1 and self.global_avg_pool[2].training:
             raise InputError('batch of one image: batch norm after pooling to 1x1 would see one value per channel; '
                              'train with two images or more, or keep the batch norms at their stored statistics')
@@ -218,7 +218,7 @@ class Decoder(nn.Module):
                                        nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.Dropout(dropout))
         self.head = nn.Conv2d(channels, num_classes, 1)
 
-    def forward(self, coarse, low):
+    def forward(self, coarse, low):  # Deep map; map of stage 1 -> logits, features
         low = self.bn1(self.conv1(low)).relu()
         f = self.fuse_conv(torch.cat([resize(coarse, low.shape[2:]), low], 1))
         return self.head(f), f
@@ -243,9 +243,9 @@ class PBALNet(nn.Module):
         self.decoder = Decoder(backbone.widths[1], channels, num_classes, reduced)
 
     @property
-    def classifier(self): return self.decoder.head
+    def classifier(self): return self.decoder.head  # The last layer: its rows are prototypes
 
-    def forward(self, x, features=False):
+    def forward(self, x, features=False):  # (B,3,H,W); features too -> logits (B,K,h,w)
         maps = self.backbone(x)
         z,f = self.decoder(self.aspp(maps[4]), maps[1])
         return (z, f) if features else z
@@ -322,7 +322,7 @@ class SqueezeExcite(nn.Module):
         self.se = nn.Sequential(nn.Linear(channels, channels//reduction), nn.ReLU(inplace=True),
                                 nn.Linear(channels//reduction, channels), nn.Sigmoid())
 
-    def forward(self, x): return x*self.se(x.mean((2, 3)))[:, :, None, None]
+    def forward(self, x): return x*self.se(x.mean((2, 3)))[:, :, None, None]  # (B,C,h,w)
 
 # %% ../nbs/03_models/05_deeplab.ipynb #73193029
 class GroupHead(nn.Module):
@@ -342,7 +342,7 @@ class GroupHead(nn.Module):
         self.bottleneck = nn.Sequential(SqueezeExcite(wide), nn.Conv2d(wide, channels, 3, 1, 1), norm())
         self.head = nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(channels, num_classes, 1, bias=False))
 
-    def forward(self, x):
+    def forward(self, x):  # (B,C,h,w) -> logits, features
         f = self.head[0](self.bottleneck(torch.cat([branch(x) for branch in self.conv2d_list], 1)))
         return self.head[1](f), f
 
@@ -368,9 +368,9 @@ class ProDANet(nn.Module):
         self.layer5 = GroupHead(widths[4], channels, num_classes, rates)
 
     @property
-    def classifier(self): return self.layer5.head[1]
+    def classifier(self): return self.layer5.head[1]  # The last layer
 
-    def forward(self, x, features=False):
+    def forward(self, x, features=False):  # (B,3,H,W); features too -> logits (B,K,h,w)
         x = self.layer4(self.layer3(self.layer2(self.layer1(self.layer0(x)))))
         z,f = self.layer5(self.bn_pretrain(x) if 'bn_pretrain' in self._modules else x)
         return (z, f) if features else z

@@ -37,7 +37,7 @@ class WDASSNet(nn.Module):
         self.representation = nn.Sequential(nn.Conv2d(backbone.widths[4], channels, 1))
         start(self.aspp)
 
-    def forward(self, x, features=False):
+    def forward(self, x, features=False):  # (B,3,H,W); unit features too -> logits (B,K,h,w)
         x = self.backbone(x)[4]
         return (self.aspp(x), F.normalize(self.representation(x), dim=1)) if features else self.aspp(x)
 

@@ -16,7 +16,7 @@ from urllib.parse import quote
 KINDS = dict(
     data=('#eef2f6', '#9aa4af', 'images, labels'), net=('#fde7d3', '#d55e00', 'network that learns'),
     still=('#e9eaec', '#57606a', 'network that stays, or follows'), bank=('#e3f1ea', '#009e73', 'prototypes, memory'),
-    loss=('#fff7cc', '#b58900', 'loss'), step=('#ffffff', '#9aa4af', 'operation'))
+    loss=('#fff7cc', '#b58900', 'loss'), step=('#ffffff', '#9aa4af', 'operation'))  # kind of box -> fill, line, what it stands for
 CELL = 184, 74       # pixels from column to column, from row to row
 BOX = 122, 46        # width and height of a box
 
@@ -30,7 +30,7 @@ class Box:
     kind:str = 'step'    # Key of `KINDS`
 
     @property
-    def centre(self): return BOX[0]/2 + 8 + self.column*CELL[0], BOX[1]/2 + 8 + self.row*CELL[1]
+    def centre(self): return BOX[0]/2 + 8 + self.column*CELL[0], BOX[1]/2 + 8 + self.row*CELL[1]  # (x, y)
 
 # %% ../nbs/04_learning/17_diagrams.ipynb #56636c5a
 def _box(b):
@@ -55,7 +55,7 @@ def _arrow(a, b, text, learns):
 
 # %% ../nbs/04_learning/17_diagrams.ipynb #c39a31b4
 STYLE = ('<style>text{font:12px sans-serif;text-anchor:middle;fill:#24292f} .key{text-anchor:start} '
-         '.on{font-size:11px;paint-order:stroke;stroke:#fff;stroke-width:4px}</style>')
+         '.on{font-size:11px;paint-order:stroke;stroke:#fff;stroke-width:4px}</style>')  # Style of a drawing
 
 def _key(boxes, y):
     "The legend: the kinds that occur, and the two arrows."

@@ -167,7 +167,7 @@ def train(
     *,
     run_dir,       # Folder of the run
     config=None,   # What config.json is to say beside the hyper-parameters
-    progress:bool=True,
+    progress:bool=True,  # Show a bar
 )->dict:           # step reached, and whether the run is finished
     "Train on episodes; `net` is changed in place."
     K = query.space.num_classes
@@ -224,19 +224,19 @@ def clean()->DIP:  # Hyper-parameters
 _tubingen = [f'tubingen_{int(n):06d}_000019' for n in """114 122 55 105 116 23 100 17 58 21 41 117 35 30 133 43 91 59 134 51
     1 10 33 76 64 131 65""".split()]
 _hanover = [f'hanover_000000_{int(n):06d}' for n in '12675 39021 49465 49269 49005 7342'.split()]
-CITYSCAPES_5SHOT = tuple(_tubingen + _hanover)
-CITYSCAPES_1SHOT = tuple(CITYSCAPES_5SHOT[i] for i in (0, 1, 2, 9, 16, 23, 28))
+CITYSCAPES_5SHOT = tuple(_tubingen + _hanover)  # The released lists: Cityscapes, five images a class
+CITYSCAPES_1SHOT = tuple(CITYSCAPES_5SHOT[i] for i in (0, 1, 2, 9, 16, 23, 28))  # One a class
 CITYSCAPES_KREFELD = tuple(f'krefeld_000000_{int(n):06d}' for n in """32390 18747 32845 9926 15687 24362 10329 20033 5503
-    14673 3707 11655 29050 926 31257 4447 23510 30560 17489 36299 13257 35124 12353 24921 24604 12505 13139""".split())
+    14673 3707 11655 29050 926 31257 4447 23510 30560 17489 36299 13257 35124 12353 24921 24604 12505 13139""".split())  # Of one city
 BDD100K_5SHOT = tuple("""b08cff3e-21c6ff47 6bb5312d-96366827 71f3dd79-bc3d6197 2c783792-bf36f7fd 0c113798-00000000 5ffe9db5-bcf70001
     392d943b-00000000 4318b758-b3f85c2a 00e9be89-00001325 7a4e7466-bb01f12a 8dacce2d-7310ed9a 6ddc9481-fe6982d2
     7ce0f7a8-8cb3ed4f bd8d420d-ec34c634 288b8fc3-00000000 2bf177ce-b7d8d5ff 3d1a6305-3980e3bc 2a052d49-00000000
     047e715f-3e4790fd 196fd10e-21e3fbdf bae92945-99223ba6 00e9be89-00001070 3ffb33b8-98640000 541e537b-91d6ed10
     87154a3d-65d8e0c4 381d0a50-01ecc550 06e583b2-39c5a69d 00e9be89-00001795 48ba7adf-a70c7480 75883d91-b779423c
     25abdc75-5a7b6af1 1d5ab341-50d3ec06 c695fbd3-0a91a52f bbeefd23-dbf4d60e 212289f5-732658d4 0bcc752f-fd302777
-    11d0db2b-d0b29fec 065a3868-00000000 73fd9d6f-ba1ccb6d""".split())
+    11d0db2b-d0b29fec 065a3868-00000000 73fd9d6f-ba1ccb6d""".split())  # BDD100K, five images a class
 LISTS = dict(cityscapes_1shot=CITYSCAPES_1SHOT, cityscapes_5shot=CITYSCAPES_5SHOT, cityscapes_krefeld=CITYSCAPES_KREFELD,
-             bdd100k_5shot=BDD100K_5SHOT)
+             bdd100k_5shot=BDD100K_5SHOT)  # name -> list
 
 # %% ../nbs/05_methods/02_dip.ipynb #94292149
 def named_support(
@@ -272,4 +272,4 @@ METHOD = Method(
     (('dip', _episodes), ('prototypes', _prototypes)), net='dip_resnet101', networks='features', target='support', batch_size=1,
     often=('lr', 'shots', 'lambda_support', 'scale', 'augment.crop_height', 'augment.crop_width'),
     feed=lambda cfg: Feed(scale=cfg.scale), released=clean,
-    fitted=_fitted)
+    fitted=_fitted)  # The record

@@ -42,7 +42,7 @@ class PyramidPooling(nn.Module):
         self.features = nn.ModuleList(
             nn.Sequential(nn.AdaptiveAvgPool2d(b), *conv_norm(channels, reduced, norm)) for b in bins)
 
-    def forward(self, x):
+    def forward(self, x):  # (B,C,h,w)
         bn = self.features[0][2]
         if len(x) == 1 and isinstance(bn, nn.BatchNorm2d) and bn.training:
             raise InputError("batch of one image: batch norm after pooling to 1x1 would see one value per channel; "
@@ -96,7 +96,7 @@ class DIPNet(nn.Module):
         self.down = nn.Sequential(*conv_norm(wide + 4*(wide//4), channels, norm))
         self.projector = make_projector(channels, projector_layers, norm, num_classes)
 
-    def forward(self, x):
+    def forward(self, x):  # (B,3,H,W) normalised -> features (B,C,h,w)
         high = self.layer4(self.layer3(low := self.layer2(self.layer1(self.layer0(x)))))
         return self.projector(self.down(self.ppm(high if self.fuse == 'l4' else torch.cat([high, low], 1))))
 
@@ -130,6 +130,7 @@ def vgg_stage(
 # %% ../nbs/03_models/03_dip_net.ipynb #903ca42d
 #: Convs of VGG-16 in torchvision's numbering, block by block; the last row numbers block 5 without pool 4
 VGG_CONVS = ((0,(0,2)), (1,(5,7)), (2,(10,12,14)), (3,(17,19,21)), (4,(24,26,28)), (4,(23,25,27)))
+#: torchvision's names -> ours
 VGG_KEYS = {f'features.{old}': f'layer{block}.{2*i}' for block,olds in VGG_CONVS for i,old in enumerate(olds)}
 
 def from_vgg16_keys(
@@ -202,7 +203,7 @@ def freeze(
     return net
 
 # %% ../nbs/03_models/03_dip_net.ipynb #78328a61
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)  # Layers with running statistics
 
 def set_train(
     net,              # Network with `frozen_prefixes`

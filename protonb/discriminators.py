@@ -16,7 +16,7 @@ from .core import InputError
 # %% ../nbs/03_models/06_discriminators.ipynb #ccb442f9
 class Halving(nn.Sequential):
     "Layers that halve a map five times, and a word about maps with which that cannot be done."
-    def forward(self, x):
+    def forward(self, x):  # (B,K,H,W)
         if min(x.shape[2:]) >= 32: return super().forward(x)
         raise InputError(f'windows of {x.shape[2]}x{x.shape[3]} pixels are too small for the discriminator, expected at least 32x32')
 
@@ -89,7 +89,7 @@ def discriminator_step(
     p_t,            # (B,K,H,W) of target images, without gradient
     squares=False,  # See `domain_loss`
     share=.5,       # What each domain counts; ProDA: 1
-    backward=Tensor.backward,
+    backward=Tensor.backward,  # `accelerator.backward` in a run
 )->Tensor:          # 0-d loss, detached
     "Teach the discriminator to tell the domains apart."
     loss = share*(domain_loss(disc(p_s), SOURCE, squares) + domain_loss(disc(p_t), TARGET, squares))

@@ -38,7 +38,7 @@ def inverse_norm(
     return torch.where(alive, 1/torch.where(alive, sq, 1).sqrt().clamp(min=eps), 0)
 
 # %% ../nbs/02_ops/02_distance.ipynb #2e7a0bef
-METRICS = ('cosine', 'dot', 'euclidean', 'sqeuclidean')
+METRICS = ('cosine', 'dot', 'euclidean', 'sqeuclidean')  # What `metric` may be
 
 def compare(
     t,           # (C,n) tile of features, in the wide type
@@ -60,8 +60,8 @@ def compare_bwd(
     z,           # (K,n) logits of `compare`; overwritten
     sq,          # (n,) squared norms
     metric:str,  # This and the rest as in `compare`
-    scale:float,
-    eps:float,
+    scale:float, # Factor of the logits
+    eps:float,   # Keeps a division finite
 )->tuple:        # dA (K,n), c of the pixels (n,) or None, c of the prototypes (K,) or None
     "Gradients of the products, and the factors of the features and prototypes themselves."
     if metric == 'dot': return dz.mul_(scale), None, None

@@ -41,7 +41,7 @@ def lite_rows(
 # %% ../nbs/03_models/08_efficientnet.ipynb #f6fb0586
 class SameConv2d(nn.Conv2d):
     "A convolution padded as TensorFlow's 'same' does: ceil(n/stride) values leave, what is odd goes right and below."
-    def forward(self, x):
+    def forward(self, x):  # (B,C,h,w)
         sides = []
         for n,k,s,d in zip(x.shape[2:], self.kernel_size, self.stride, self.dilation):
             missing = max(0, (math.ceil(n/s) - 1)*s + (k-1)*d + 1 - n)
@@ -64,7 +64,7 @@ def same_bn(
 # %% ../nbs/03_models/08_efficientnet.ipynb #ba559dc6
 #: Parts of a block in the packages' files -> ours; the first block has no widening conv
 PARTS = dict(_expand_conv='0.0', _bn0='0.1', _depthwise_conv='1.0', _bn1='1.1', _project_conv='2', _bn2='3')
-FIRST = dict(_depthwise_conv='0.0', _bn1='0.1', _project_conv='1', _bn2='2')
+FIRST = dict(_depthwise_conv='0.0', _bn1='0.1', _project_conv='1', _bn2='2')  # The same for the first block
 
 def lite_keys(
     state:dict,  # State dict of a package: `_conv_stem, _blocks.N..., _conv_head, _fc`

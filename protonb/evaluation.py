@@ -36,7 +36,7 @@ def confusion_matrix(
     return counts[:-1].view(K, K)
 
 # %% ../nbs/04_learning/03_evaluation.ipynb #e2a950f0
-ABSENT = ('skip_both', 'zero', 'skip_gt')
+ABSENT = ('skip_both', 'zero', 'skip_gt')  # How a mean may count absent classes
 
 def iou(
     cm,                   # (K,K) confusion matrix, rows truth
@@ -71,15 +71,15 @@ class Scores:
     @property
     def iou(self): return iou(self.cm, self.absent)                            # (K,), nan where left out
     @property
-    def miou(self): return self.iou.nanmean().item()
+    def miou(self): return self.iou.nanmean().item()  # Mean over the classes
     @property
-    def subset_mious(self): return {t: self.iou[list(ids)].nanmean().item() for t, ids in self.space.subsets}
+    def subset_mious(self): return {t: self.iou[list(ids)].nanmean().item() for t, ids in self.space.subsets}  # name -> mIoU
     @property
     def accuracy(self): return (self.cm.trace().double() / self.cm.sum()).item()  # of all labelled pixels
     @property
     def class_accuracy(self): return _share(self, self.cm.sum(1))                  # (K,), without truth nan or 0, as the rule has it
     @property
-    def mean_class_accuracy(self): return self.class_accuracy.nanmean().item()
+    def mean_class_accuracy(self): return self.class_accuracy.nanmean().item()  # Mean over the classes
     @property
     def truth_share(self): return self.cm.sum(1).double() / self.cm.sum()         # (K,)
 
@@ -298,7 +298,7 @@ def palette_png(
 
 # %% ../nbs/04_learning/03_evaluation.ipynb #d87b9bc7
 KINDS = ('trainIds', 'color', 'overlay')          # What is written when nothing is said
-FORMATS = (*KINDS, 'labelIds', 'confidence')
+FORMATS = (*KINDS, 'labelIds', 'confidence')  # All that can be written
 
 def _as_array(image, name):
     "(H,W,3) uint8 from a tensor, an array or a file."

@@ -19,7 +19,7 @@ from .settings import Factor, Side, checked_dataclass, Real, Some
 from .transforms import normalize
 
 # %% ../nbs/04_learning/11_feeding.ipynb #abc26834
-INPUTS = ('imagenet', 'unit', 'signed')
+INPUTS = ('imagenet', 'unit', 'signed')  # Ranges in which networks want their images
 
 def network_input(
     net,      # Network; `input_range` says what it wants, 'imagenet' where it has no such attribute
@@ -33,7 +33,7 @@ def network_input(
     return normalize(images) if kind == 'imagenet' else images.float()/255 if kind == 'unit' else images.float()/127.5 - 1
 
 # %% ../nbs/04_learning/11_feeding.ipynb #2fb9424a
-ENLARGE = ('aligned', 'centred')
+ENLARGE = ('aligned', 'centred')  # Where the corners lie when logits are enlarged
 
 @checked_dataclass(frozen=True)
 class Feed:
@@ -44,10 +44,10 @@ class Feed:
     scale:Factor = 20.       # Factor of the cosine, for a network with prototypes (DIP)
     width:Side|None = None   # ... and to this width; None: what keeps the image's shape
 
-    def to_dict(self): return asdict(self)
+    def to_dict(self): return asdict(self)  # For a file
 
     @classmethod
-    def from_dict(cls, d):
+    def from_dict(cls, d):  # Of `to_dict`
         extra = set(d) - {f.name for f in fields(cls)}
         if extra: raise InputError(f"feed: does not know {', '.join(sorted(extra))}; written by a newer version?")
         return cls(**d)
@@ -86,26 +86,27 @@ def enlarged(
 # %% ../nbs/04_learning/11_feeding.ipynb #0185dd5b
 class Segmenter:
     "A trained network as a callable: images uint8 (B,3,H,W) -> logits (B,K,h,w); made by `segmenter`."
-    def __init__(self, net, feed, prototypes): self.net,self.feed,self.prototypes = net.eval(),feed,prototypes
+    def __init__(self, net, feed, prototypes):  # Network; `Feed`; `Prototypes` or None
+        self.net,self.feed,self.prototypes = net.eval(),feed,prototypes
 
     @property
-    def device(self): return next(self.net.parameters()).device
+    def device(self): return next(self.net.parameters()).device  # Of the network
 
-    def base(self, size):
+    def base(self, size):  # (H,W)
         "The size (h,w) at which the network sees an image of (H,W) pixels."
         (H,W),h,w = size,self.feed.height,self.feed.width
         if h is None: return (H, W) if w is None else (max(1, w*H//W), w)     # rounded down, as a window's base is
         return h, w or max(1, round(W*h/H))
 
     @torch.no_grad()
-    def grid(self, images):
+    def grid(self, images):  # (B,3,h,w)
         "(B,3,h,w) as they are -> logits (B,K,.,.) on the feature grid."
         z = self.net(network_input(self.net, images.to(self.device), self.feed.input))
         if self.prototypes is None: return z
         P,ok = self.prototypes.matrix.to(z.device),self.prototypes.valid.to(z.device)
         return prototype_logits(z, P, scale=self.feed.scale).masked_fill(~ok[None, :, None, None], -torch.inf)
 
-    def __call__(self, images):
+    def __call__(self, images):  # uint8 (B,3,H,W) -> logits (B,K,h,w)
         z = self.grid(resampled(images.to(self.device), self.base(images.shape[2:])))
         return enlarged(z, images.shape[2:], 'centred') if self.feed.enlarge == 'centred' else z
 
@@ -149,7 +150,7 @@ class TestTime:
         for name in ('window', 'stride', 'scales'):   # JSON knows lists only
             if isinstance(v := getattr(self, name), list): object.__setattr__(self, name, tuple(v))
 
-    def agree(self):
+    def agree(self):  # What must hold
         w,s = self.window,self.stride
         yield not w or not isinstance(s, tuple) or (s[0] <= w[0] and s[1] <= w[1]), 'stride window', 'steps that leave no pixel out'
 

@@ -200,7 +200,7 @@ def collecting():
     try: yield _collected.get()
     finally: _collected.reset(token)
 
-def is_collecting(): return _collected.get() is not None
+def is_collecting(): return _collected.get() is not None  # Whether faults are collected rather than raised
 
 def amiss(
     kind,  # What sort of fault, in a few words

@@ -168,7 +168,7 @@ def pseudo_labels(
     *,
     run_dir,    # Folder of the run; labels go to its `pseudo`
     acc=None,   # Accelerator: where to compute; its main process labels, the others wait
-    progress:bool=True,
+    progress:bool=True,  # Show a bar
 )->HardLabels:  # The images with their pseudo labels
     "Stage 1: the source model labels every image once, no pixel is left out; goes on where it was stopped."
     bare,folder = Unlabelled(images),Path(run_dir)/'pseudo'
@@ -189,7 +189,7 @@ def train(
     *,
     run_dir,       # Folder of the run
     config=None,   # What config.json is to say beside the hyper-parameters
-    progress:bool=True,
+    progress:bool=True,  # Show a bar
 )->dict:           # step reached, whether the run is finished, and the student
     "Stage 2: train the student."
     acc,nets,running = accelerator_for(run),trio(source, cfg),torch.nn.Module()
@@ -247,7 +247,7 @@ class IAPC(IAPCHabits):
     refresh_height:Edge = 512      # Size of the images that refresh the batch norm
     refresh_width:Edge = 1024      # their width
 
-    def agree(self): return _rules(self)
+    def agree(self): return _rules(self)  # What must hold
 
 # %% ../nbs/05_methods/03_iapc.ipynb #b1394078
 def _rules(cfg):
@@ -290,4 +290,4 @@ METHOD = Method(
     (('label', _label), ('iapc', _student)), net='iapc_resnet101', source='model', steps=9000, batch_size=6,
     often=('lr', 'ema', 'entropy', 'adapt_bn', 'scales', 'test_height', 'window.crop_height', 'window.crop_width'),
     feed=lambda cfg: Feed(height=cfg.test_height),
-    fitted=_fitted)
+    fitted=_fitted)  # The record

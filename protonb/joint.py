@@ -99,6 +99,7 @@ def run_settings(
 def _fitted(s:Situation): return Joint(**run_settings(s))
 
 # %% ../nbs/05_methods/08_joint.ipynb #5b446d6f
+#: The record
 METHOD = Method(
     'joint', 'Train on source and target with the labels there are: the control of every method that is given the same.', Joint,
     (('joint', train_jointly),), net='iapc_resnet101', target='any', steps=40_000,

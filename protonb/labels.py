@@ -36,9 +36,9 @@ class ClassSpace:
         if not self.subsets: object.__setattr__(self, 'subsets', ((str(K), tuple(range(K))),))
 
     @property
-    def num_classes(self): return len(self.classes)
+    def num_classes(self): return len(self.classes)  # K
 
-    def index(self, name):
+    def index(self, name):  # Name of a class
         "Train id of a class name."
         if name in self.classes: return self.classes.index(name)
         raise InputError(f'class {name!r} is not in class space {self.name}, which has: {", ".join(self.classes)}')
@@ -55,44 +55,45 @@ def _city(name, drop, *drops):
     kept = [c for c in _CITY if c not in drop]
     return ClassSpace(name, tuple(kept), tuple(_CITY[c] for c in kept), tuple(_mean(kept, d) for d in (drop, *drops)))
 
-CITYSCAPES = _city('cityscapes', (), _NOT16, _NOT13)
-CITYSCAPES16 = _city('cityscapes16', _NOT16, _NOT13)
-CITYSCAPES13 = _city('cityscapes13', _NOT13)
+CITYSCAPES = _city('cityscapes', (), _NOT16, _NOT13)  # The 19 classes of Cityscapes
+CITYSCAPES16 = _city('cityscapes16', _NOT16, _NOT13)  # Without train, truck and terrain: SYNTHIA's 16
+CITYSCAPES13 = _city('cityscapes13', _NOT13)  # Those 16 without wall, fence and pole
 
 # %% ../nbs/01_data/01_labels.ipynb #5456ac5c
 CAMVID = ClassSpace('camvid',
     ('sky','building','pole','road','pavement','tree','sign','fence','car','pedestrian','bicyclist'),
     ((128,128,128),(128,0,0),(192,192,128),(128,64,128),(60,40,222),(128,128,0),(192,128,128),(64,64,128),(64,0,128),(64,64,0),
-     (0,128,192)))
+     (0,128,192)))  # The 11 classes of CamVid
 _IDD = {'drivable fallback': (81,0,81), 'non-drivable fallback': (152,251,152), 'autorickshaw': (255,204,54),
     'vehicle fallback': (136,143,153), 'curb': (220,190,40), 'guard rail': (180,165,180), 'billboard': (174,64,67),
     'obs-str-bar-fallback': (169,187,214), 'bridge': (150,100,100)}
 _LEVEL3 = ('road','drivable fallback','sidewalk','non-drivable fallback','person','rider','motorcycle','bicycle','autorickshaw','car',
     'truck','bus','vehicle fallback','curb','wall','fence','guard rail','billboard','traffic sign','traffic light','pole',
     'obs-str-bar-fallback','building','bridge','vegetation','sky')
-IDD = ClassSpace('idd', _LEVEL3, tuple((_CITY | _IDD)[c] for c in _LEVEL3))
-SPACES = {s.name: s for s in (CITYSCAPES, CITYSCAPES16, CITYSCAPES13, CAMVID, IDD)}
+IDD = ClassSpace('idd', _LEVEL3, tuple((_CITY | _IDD)[c] for c in _LEVEL3))  # The 26 classes of IDD, level 3
+SPACES = {s.name: s for s in (CITYSCAPES, CITYSCAPES16, CITYSCAPES13, CAMVID, IDD)}  # name -> class space
 
 # %% ../nbs/01_data/01_labels.ipynb #23655387
 def _known(named, others): return {**dict.fromkeys(others), **named}
 
 _CITY_RAW = dict(zip((7,8,11,12,13,17,19,20,21,22,23,24,25,26,27,28,31,32,33), _CITY))
-CITYSCAPES_IDS = _known(_CITY_RAW, [*range(34), IGNORE])
-GTA5_IDS = _known(_CITY_RAW, range(35))
+CITYSCAPES_IDS = _known(_CITY_RAW, [*range(34), IGNORE])  # id in a file -> class or None
+GTA5_IDS = _known(_CITY_RAW, range(35))  # id in a file -> class or None
 TRAIN_IDS = _known(dict(enumerate(_CITY)), [IGNORE])     # *_labelTrainIds.png, BDD100K
 CARLASCAPES_IDS = _known(dict(enumerate(('road','sidewalk','building','wall','fence','pole','traffic light','traffic sign','vegetation',
-    'terrain','sky','person','rider','car','truck','bus','train','motorcycle','bicycle'), 1)), range(28))
-CAMVID_IDS = _known(dict(enumerate(CAMVID.classes)), [11])
+    'terrain','sky','person','rider','car','truck','bus','train','motorcycle','bicycle'), 1)), range(28))  # id in a file -> class or None
+CAMVID_IDS = _known(dict(enumerate(CAMVID.classes)), [11])  # id in a file -> class
 
 # %% ../nbs/01_data/01_labels.ipynb #0694105d
-SYNTHIA_IDS = _known(dict(zip((3,4,2,21,5,7,15,9,6,16,1,10,17,8,18,19,20,12,11), _CITY)), range(23))
-SYNTHIA_IDS_LANE_ROAD = {**SYNTHIA_IDS, 22: 'road'}
+SYNTHIA_IDS = _known(dict(zip((3,4,2,21,5,7,15,9,6,16,1,10,17,8,18,19,20,12,11), _CITY)), range(23))  # id in a file -> class or None
+SYNTHIA_IDS_LANE_ROAD = {**SYNTHIA_IDS, 22: 'road'}  # With lane markings as road
 CARLA_TO_CAMVID = _known({0:'sky', 1:'building', 2:'fence', 4:'pedestrian', 5:'pole', 6:'road', 7:'road', 8:'pavement', 9:'tree', 10:'car',
-    12:'sign'}, range(13))
+    12:'sign'}, range(13))  # CARLA's id -> CamVid's class or None
 CARLA_TO_CITYSCAPES = _known({0:'sky', 1:'building', 2:'fence', 4:'person', 5:'pole', 6:'road', 7:'road', 8:'sidewalk', 9:'vegetation',
-    10:'car', 11:'wall', 12:'traffic sign'}, range(13))
+    10:'car', 11:'wall', 12:'traffic sign'}, range(13))  # CARLA's id -> Cityscapes' class or None
 
 # %% ../nbs/01_data/01_labels.ipynb #808e6581
+#: Name in Mapillary Vistas -> Cityscapes' class
 VISTAS_NAMES = {'construction--flat--road': 'road', 'marking--general': 'road', 'object--manhole': 'road',
     'construction--flat--sidewalk': 'sidewalk', 'construction--barrier--curb': 'sidewalk', 'construction--structure--building': 'building',
     'construction--barrier--wall': 'wall', 'construction--barrier--fence': 'fence', 'object--support--pole': 'pole',
@@ -101,6 +102,7 @@ VISTAS_NAMES = {'construction--flat--road': 'road', 'marking--general': 'road', 
     'human--rider': 'rider', 'object--vehicle--car': 'car', 'object--vehicle--truck': 'truck', 'object--vehicle--bus': 'bus',
     'object--vehicle--on-rails': 'train', 'object--vehicle--motorcycle': 'motorcycle', 'object--bicycle': 'bicycle',
     'object--vehicle--bicycle': 'bicycle', 'marking--discrete': 'road', 'marking--continuous': 'road'}
+#: id in a file of Vistas 1.2 -> class or None
 VISTAS_IDS = _known(dict(zip((13, 24, 41, 15, 2, 17, 6, 3, 45, 47, 48, 50, 30, 29, 27, 19, 20, 21, 22, 55, 61, 54, 58, 57, 52),
     (*['road']*3, 'sidewalk', 'sidewalk', 'building', 'wall', 'fence', 'pole', 'pole', 'traffic light', 'traffic sign', 'vegetation',
      'terrain', 'sky', 'person', *['rider']*3, 'car', 'truck', 'bus', 'train', 'motorcycle', 'bicycle'))), range(66))
@@ -123,9 +125,10 @@ _MERGED = {'parking': 'drivable fallback', 'rail track': 'non-drivable fallback'
     'tunnel': 'bridge', 'fallback background': 'sky', **dict.fromkeys(('caravan', 'trailer', 'train'), 'vehicle fallback')}
 IDD_NAMES = {n: c if (c := _MERGED.get(n, n)) in _LEVEL3 else None for n in _LEAVES}                     # leaf -> class of the third level
 IDD_TO_CITYSCAPES = {n: n if n in _CITY else None for n in _LEAVES} | {'non-drivable fallback': 'terrain'}   # leaf -> class of Cityscapes
+#: id in a file of IDD -> IDD's name; -> Cityscapes' class
 IDD_IDS, IDD_IDS_CITYSCAPES = (_known(dict(enumerate(t.values())), [IGNORE]) for t in (IDD_NAMES, IDD_TO_CITYSCAPES))
-IDD_LEVEL3_IDS = _known(dict(enumerate(IDD.classes)), [IGNORE])
-IDD_LEVEL3_IDS_CITYSCAPES = {i: IDD_TO_CITYSCAPES.get(c) for i, c in IDD_LEVEL3_IDS.items()}
+IDD_LEVEL3_IDS = _known(dict(enumerate(IDD.classes)), [IGNORE])  # level-3 id -> class
+IDD_LEVEL3_IDS_CITYSCAPES = {i: IDD_TO_CITYSCAPES.get(c) for i, c in IDD_LEVEL3_IDS.items()}  # level-3 id -> Cityscapes' class or None
 
 # %% ../nbs/01_data/01_labels.ipynb #d0bf97dd
 _CAMVID_GROUPS = dict(sky=[(128,128,128)], building=[(0,128,64), (128,0,0), (64,192,0), (64,0,64), (192,0,128)],

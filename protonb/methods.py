@@ -24,10 +24,10 @@ from .validators import VALIDATORS, looks
 from .watch import watched
 
 # %% ../nbs/04_learning/14_methods.ipynb #f7a87e88
-SOURCES = dict(labelled='labelled source images', model='a network trained on the source; its images are not needed')
+SOURCES = dict(labelled='labelled source images', model='a network trained on the source; its images are not needed')  # What it needs
 TARGETS = dict(none='nothing', unlabelled='target images without labels', weak='target images with weak labels: tags, points, coarse masks',
                few='a few labelled target images', support='a few labelled target images for each class',
-               any='target images with the labels there are: none, tags, points, coarse masks, a few images, all')
+               any='target images with the labels there are: none, tags, points, coarse masks, a few images, all')  # Of the target
 LABELLED = ('labelled', 'weak', 'few', 'support')   # those of both that teach by labels
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ CHANGES = (
     lambda x, f: torch.lerp(grey_of(x).mean((-2, -1), keepdim=True), x, f).clamp_(0, 1),  # contrast: with its mean grey
     lambda x, f: torch.lerp(grey_of(x), x, f).clamp_(0, 1),                             # saturation: with its grey self
     lambda x, f: turn_hue(x, f-1),                                                      # hue
-)
+)  # Changes of colour: (image, factor) -> image
 
 def _orders(generator, count):
     if generator.device.type == 'cpu': return [torch.randperm(4, generator=generator).tolist() for _ in range(count)]

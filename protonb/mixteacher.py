@@ -161,6 +161,7 @@ def _fitted(s:Situation):
     return MixTeacher(alpha=memory(s, .1), tau=.8, colour=.1, **run_settings(s))
 
 # %% ../nbs/05_methods/09_mixteacher.ipynb #bc1eb6d1
+#: The record
 METHOD = Method(
     'mixteacher', 'Adapt with whatever labels the target has, none included: a slow teacher, and classes pasted onto target images.',
     MixTeacher, (('mixteacher', adapt),), net='iapc_resnet101', target='any', steps=40_000, fitted=_fitted,

@@ -44,7 +44,7 @@ class InvertedResidual(nn.Module):
                                   nn.Conv2d(wide, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
         self.residual = stride == 1 and inputs == outputs
 
-    def forward(self, x): return x + self.conv(x) if self.residual else self.conv(x)
+    def forward(self, x): return x + self.conv(x) if self.residual else self.conv(x)  # (B,C,h,w)
 
 # %% ../nbs/03_models/02_mobilenet.ipynb #f1232f95
 #: Sandler et al. 2018, table 2: widening, channels, number of blocks, stride of the first
@@ -115,7 +115,7 @@ class Staged(nn.Module):
         self.features,self.ends = nn.Sequential(*layers),ends + (len(layers),)*(len(layers) > ends[-1])
         self.widths = tuple(widths[e-1] for e in self.ends)
 
-    def forward(self, x):
+    def forward(self, x):  # (B,3,H,W) -> the five maps
         maps = [x := layer(x) for layer in self.features]
         return [maps[e-1] for e in self.ends]
 
@@ -124,7 +124,7 @@ class Staged(nn.Module):
         spans = zip((0,) + self.ends[:-1], self.ends)
         return [nn.Sequential(OrderedDict((str(i), self.features[i]) for i in range(a, b))) for a,b in spans]
 
-    def keys(self, rename):
+    def keys(self, rename):  # `to_stage_keys` or `mobile_keys`
         "Names of a pretrained file -> names by `rename`, which is `to_stage_keys` or `mobile_keys`."
         ends,translate = self.ends,self.translate   # and not the network itself: whoever keeps the function keeps no weights
         return lambda state: rename(translate(state), ends)

@@ -51,7 +51,7 @@ class RepeatedSGD(torch.optim.Optimizer):
         if odd: raise ValueError(f'repeats is {odd[0]!r}, want an integer of at least 1')
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure=None):  # Called first, with gradients, as torch has it
         loss = None if closure is None else torch.enable_grad()(closure)()
         for g in self.param_groups:
             ps = [p for p in g['params'] if p.grad is not None]

@@ -310,6 +310,7 @@ def short_options(
     return make_dataclass('Short', [*_given(m), *several, *common, *few, *more], namespace=dict(__doc__=m.about))
 
 # %% ../nbs/07_shell/01a_options.ipynb #4c6df080
+#: method -> old name -> new name
 RENAMED = dict(pixda=dict(height='base-height', width='base-width'), wdass={'target-height': 'base-height', 'target-width': 'base-width'})
 
 def new_names(

@@ -90,7 +90,7 @@ class Demo:
     height:Whole(33, 2049) = 97  # Height of a scene in pixels, 8n+1
     width:Whole(33, 2049) = 193  # Width of a scene in pixels, 8n+1
 
-    def agree(self):
+    def agree(self):  # What must hold
         for side in ('height', 'width'): yield getattr(self, side)%8 == 1, side, '8n+1 pixels, for example 97 or 193'
 
 # Images of each kind, images a step, learning rate, shots. The start is far weaker than ImageNet's, so the labelled target images have
@@ -130,7 +130,7 @@ def demo_runs(
     return {**{t: f for t,(_,f) in runs.items()}, 'DIP': home/'dip'}
 
 # %% ../nbs/07_shell/01b_pages.ipynb #b42a1fa9
-def demo_data(o:Demo):
+def demo_data(o:Demo):  # The options
     "The scenes of the demo, the same for every seed; the support set is chosen from the target's training scenes."
     size = (o.height, o.width)
     print(f'drawing {DEMO["train"] + DEMO["support"] + DEMO["val"]} scenes of {size[0]}x{size[1]}')
@@ -139,7 +139,7 @@ def demo_data(o:Demo):
     return dict(source=Streets(SYNTHETIC, DEMO['train'], size=size, seed=0), target=target, support=take(target, chosen.indices),
                 val=Streets(REAL, DEMO['val'], size=size, seed=2))
 
-def demo(o:Demo):
+def demo(o:Demo):  # The options
     "protonb demo"
     data,table = demo_data(o),[]
     for seed in range(o.seeds):

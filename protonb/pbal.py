@@ -301,4 +301,4 @@ def _pst(job):
 METHOD = Method('pbal', 'Adapt with PBAL: warm-up, bidirectional alignment, self-training, two rounds of distillation.', PBAL,
     (('warm_up', _adversarial), ('bpl', _adversarial), ('pst', _pst), ('distill_1', first_round), ('distill_2', next_round)),
     net='pbal_resnet101', fitted=_fitted,
-    often=('warm_up.lr', 'bpl.lr', 'bpl.align', 'pst.lr', 'pst.quantile', 'distill.lr', 'distill.threshold'))
+    often=('warm_up.lr', 'bpl.lr', 'bpl.align', 'pst.lr', 'pst.quantile', 'distill.lr', 'distill.threshold'))  # The record

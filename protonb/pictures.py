@@ -21,7 +21,7 @@ from .labels import ClassSpace, colorize
 
 # %% ../nbs/04_learning/04_pictures.ipynb #3eef54cf
 METHOD_COLORS = ('#8b929c', '#0072b2', '#e69f00', '#009e73', '#cc79a7', '#56b4e9')  # after Okabe and Ito (2008), grey first
-METHOD_COLORS_DARK = ('#9aa3af', '#4aa8e0', '#f0b541', '#35c79c', '#e09cc3', '#8fd0f5')
+METHOD_COLORS_DARK = ('#9aa3af', '#4aa8e0', '#f0b541', '#35c79c', '#e09cc3', '#8fd0f5')  # The same on a dark page
 
 @contextmanager
 def style(

@@ -114,7 +114,7 @@ class Focal:
         elif at is not None and not 0 <= at < K: raise InputError(f'building is {at}; expected a train id 0..{K-1}, a name or None')
         return replace(self, building=at)
 
-    def weights(self, num_classes, device=None):  # (K,)
+    def weights(self, num_classes, device=None):  # K; of the weights -> (K,)
         "The weight of each class; a name is that of the known class space of this size (`SPACES`)."
         at = self.building
         known = (s.classes for s in SPACES.values() if s.num_classes == num_classes and at in s.classes)
@@ -260,7 +260,7 @@ def score_images(
     *,
     stage='pass_01',    # The pass that is over: other target images for another pass
     acc=None,           # Accelerator: images are shared among its processes
-    progress:bool=True,
+    progress:bool=True,  # Show a bar
 )->list:                # Realness of each image, in order
     "The realness of all images, in eval mode; networks are left as they were."
     (rank,world),found = (acc.process_index, acc.num_processes) if acc else (0, 1),[]
@@ -286,7 +286,7 @@ def select(
     path,              # The selection is written there, or read if it was made before
     stage='pass_01',   # The pass that is over
     acc=None,          # Accelerator
-    progress:bool=True,
+    progress:bool=True,  # Show a bar
 )->list:               # Names that stay
     "Choose the images of the next pass; the file says the threshold, who stays, and everybody's realness."
     path = Path(path)
@@ -391,7 +391,7 @@ def train(
     run_dir,       # Folder of the run
     config=None,   # What config.json is to say beside the hyper-parameters
     until:Literal['passes', 'distill']='distill',  # Last phase to run
-    progress:bool=True,
+    progress:bool=True,  # Show a bar
 )->dict:           # step reached (both phases), whether all is finished, last stage, names still kept, and the network
     "Passes with selections, then the distillation; stopped anywhere, the same call goes on there."
     return _both(Job(METHOD, cfg, run, run_dir, net, source, target, about=config or {}, progress=progress), until)
@@ -407,4 +407,4 @@ def _fitted(s:Situation):
 METHOD = Method(
     'pixda', 'Adapt with PixDA and a few labelled target images.', PixDA, (('pixda', _both),), net='pixda_resnet101', target='few',
     steps=30_000, feed=lambda cfg: Feed(height=cfg.window.base_height or None, width=cfg.window.base_width or None), fitted=_fitted,
-    often=('lr', 'loss', 'adversarial', 'threshold', 'threshold_step', 'kd_steps', 'window.base_height', 'window.base_width'))
+    often=('lr', 'loss', 'adversarial', 'threshold', 'threshold_step', 'kd_steps', 'window.base_height', 'window.base_width'))  # The record

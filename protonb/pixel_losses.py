@@ -164,7 +164,7 @@ def importance(
     return w.clamp(0, 1) if kind == 'clamped' else w
 
 # %% ../nbs/02_ops/05_pixel_losses.ipynb #1538b199
-TERMS = 'importance', 'symmetric', 'enhanced', 'entropy'
+TERMS = 'importance', 'symmetric', 'enhanced', 'entropy'  # Names of the terms of `importance_terms`
 
 def importance_terms_ref(
     z,                         # (B,K,h,w) logits of the student

@@ -111,7 +111,7 @@ class OwnRows:
         if self.acc.num_processes > 1: self.all = {d: self.acc.gather(t[None]) for d,t in self.memory.state_dict().items()}
         return log
 
-    def state_dict(self): return self.all if self.acc.num_processes > 1 else self.memory.state_dict()
-    def load_state_dict(self, state):
+    def state_dict(self): return self.all if self.acc.num_processes > 1 else self.memory.state_dict()  # For a checkpoint
+    def load_state_dict(self, state):  # Of `state_dict`
         mine = lambda t: t if t.ndim == 2 else t[self.acc.process_index % len(t)]
         self.memory.load_state_dict({d: mine(t) for d,t in state.items()})

@@ -442,4 +442,4 @@ METHOD = Method(
     (('warm_up', _warm_up), ('soft_labels', _soft), ('denoise', _denoise), ('stage2', first_round), ('stage3', next_round)),
     net='proda_resnet101', steps=62_412, often=('warm_up.lr', 'denoise.lr', 'denoise.ema', 'distill.lr', 'distill.threshold'),
     feed=lambda cfg: Feed(input=input_of(cfg.distill)),
-    fitted=_fitted)
+    fitted=_fitted)  # The record

@@ -54,10 +54,10 @@ class Support:
     k: int                # Contributions wanted for each class
 
     @property
-    def missing(self): return [c for c,n in zip(self.classes, self.counts) if n == 0]
+    def missing(self): return [c for c,n in zip(self.classes, self.counts) if n == 0]  # Classes without an image
 
     @property
-    def short(self): return [c for c,n in zip(self.classes, self.counts) if 0 < n < self.k]
+    def short(self): return [c for c,n in zip(self.classes, self.counts) if 0 < n < self.k]  # Classes with too few
 
 # %% ../nbs/04_learning/01_prototypes.ipynb #8b18766a
 def greedy_support(
@@ -148,7 +148,7 @@ def class_prototypes(
     return Prototypes(matrix, counts, tuple(dataset.space.classes), dict(k=k, images=list(dataset.names)))
 
 # %% ../nbs/04_learning/01_prototypes.ipynb #c02aeee3
-def save_prototypes(path, prototypes:Prototypes):
+def save_prototypes(path, prototypes:Prototypes):  # Its file; what is written
     "Write prototypes as safetensors with class names and origin in the header."
     save_weights(path, dict(matrix=prototypes.matrix, counts=prototypes.counts), dict(classes=list(prototypes.classes), **prototypes.meta))
 

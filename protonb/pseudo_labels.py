@@ -132,9 +132,9 @@ class Histogram:
     @property
     def width(self): return 1/(STEPS*self.per_step)         # of a bin
 
-    def state_dict(self): return dict(num_classes=self.num_classes, bins=self.bins, counts=self.counts.clone())
+    def state_dict(self): return dict(num_classes=self.num_classes, bins=self.bins, counts=self.counts.clone())  # For a checkpoint
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state):  # Of `state_dict`
         if tuple(state['counts'].shape) != tuple(self.counts.shape):
             raise InputError(f"the histogram is {tuple(state['counts'].shape)}, expected {tuple(self.counts.shape)}")
         self.counts = state['counts'].long().clone()
@@ -491,7 +491,7 @@ def coverage(
     return dict(total=hist.count, kept=hist.kept(thresholds, below))
 
 # %% ../nbs/04_learning/06_pseudo_labels.ipynb #33f3a8a2
-DTYPES = ('uint8', 'float16', 'float32')
+DTYPES = ('uint8', 'float16', 'float32')  # Types that soft labels can be stored in
 
 def soft_path(
     folder, # Folder of soft labels

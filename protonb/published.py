@@ -101,7 +101,7 @@ LAYOUTS = dict(gta5=(Layout('images', 'labels', GTA5_IDS, resize_label=True),),
 CONDITIONS = dict(acdc='*', dark_zurich='night')                                 # what {condition} is when nobody says
 TITLES = dict(gta5='GTA5', cityscapes='Cityscapes', cityscapes_coarse='Cityscapes', synthia='SYNTHIA', synthia_no_lanes='SYNTHIA',
     camvid='CamVid', carla='CARLA', carlascapes='CARLA', bdd100k='BDD100K', vistas='Mapillary Vistas', acdc='ACDC',
-    dark_zurich='Dark Zurich', idd='IDD')
+    dark_zurich='Dark Zurich', idd='IDD')  # kind -> name of the data set
 
 # %% ../nbs/01_data/02d_published.ipynb #de88544b
 def ids_of(

@@ -164,7 +164,7 @@ def panel_row(
     return el('div', cells, class_='row', style=f'--image:url({uri});--ratio:{w}/{h};--n:{len(cells)}')
 
 # %% ../nbs/04_learning/05_report.ipynb #d198af15
-VIEWS = (('label', 'Labels'), ('over', 'Over the image'), ('error', 'Mistakes'))
+VIEWS = (('label', 'Labels'), ('over', 'Over the image'), ('error', 'Mistakes'))  # What a picture of the report can show, with its title
 
 def legend(
     space,   # ClassSpace
@@ -325,7 +325,7 @@ nav{display:flex;flex-wrap:wrap;gap:4px 18px;margin:14px 0 0;font-size:14px}
 nav a{color:var(--m1);text-decoration:none;border-bottom:1px solid transparent}
 nav a:hover{border-color:currentColor}
 footer{color:var(--soft);font-size:13px;text-align:center;padding:10px}
-'''
+'''  # Style of the page
 
 # %% ../nbs/04_learning/05_report.ipynb #1408c9c7
 CSS_NUMBERS = '''
@@ -349,7 +349,7 @@ tr:last-child td{border-bottom:0}
 .num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .classes td:first-child,.plain td:first-child{white-space:nowrap}.bars{width:44%;min-width:150px}
 .split{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(400px,100%),1fr));gap:14px 30px;align-items:start}
-'''
+'''  # Style of its numbers
 
 # %% ../nbs/04_learning/05_report.ipynb #bd604f5b
 CSS_PICTURES = '''
@@ -376,7 +376,7 @@ figcaption{font-size:13px;line-height:1.35;margin-top:4px;overflow-wrap:anywhere
 #v-over:checked~.panels .lab{opacity:.55}
 #v-error:checked~.panels .pic:has(.err) .lab{opacity:0}#v-error:checked~.panels .err{opacity:1}
 #v-error:checked~.panels .pic:has(.err)::before{filter:grayscale(1) contrast(.5) brightness(1.35)}
-'''
+'''  # Style of its pictures
 
 # %% ../nbs/04_learning/05_report.ipynb #dff9aadd
 CSS_REST = '''
@@ -396,11 +396,13 @@ dt{color:var(--soft)}dd{margin:0;text-align:right;overflow-wrap:anywhere;font-va
 td,th{padding:5px 6px}.bars{min-width:80px}}
 @media print{section{break-inside:avoid;border:0;padding:8px 0}nav,.switch{display:none}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
-'''
+'''  # Style of the rest
 
 # %% ../nbs/04_learning/05_report.ipynb #54b7654a
+#: rule for absent classes -> what it says
 ABOUT_ABSENT = dict(skip_both='A class that is in neither truth nor prediction is left out of a mean.',
                     skip_gt='A class without ground truth is left out of a mean.', zero='A class that is not there counts as 0.')
+#: What mIoU is
 ABOUT_MIOU = 'IoU of a class: the pixels that truth and prediction share, divided by those that either has. mIoU: the mean over classes.'
 
 def _section(title, intro, *content):
@@ -439,7 +441,7 @@ ABOUT = dict(
     pictures='Columns: the image, what it truly shows, what each method makes of it. Black: not labelled.',
     training='Faint: as logged. Strong: running mean.',
     prototypes='A prototype is the mean feature of a class; a pixel gets the class whose prototype it resembles most.',
-    setup='Everything needed to do it again. A click selects a command.')
+    setup='Everything needed to do it again. A click selects a command.')  # section -> its explanation
 
 # %% ../nbs/04_learning/05_report.ipynb #4ae2f0e8
 def write_report(

@@ -40,7 +40,7 @@ class Bottleneck(nn.Module):
         self.conv3,self.bn3 = nn.Conv2d(planes, 4*planes, 1, bias=False),norm(4*planes)
         self.relu,self.downsample = nn.ReLU(inplace=True),shortcut(inputs, 4*planes, stride, norm)
 
-    def forward(self, x):
+    def forward(self, x):  # (B,C,h,w)
         y = self.relu(self.bn1(self.conv1(x)))
         y = self.relu(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))
@@ -63,7 +63,7 @@ class Basic(nn.Module):
         self.conv2,self.bn2 = nn.Conv2d(planes, planes, 3, 1, dilation, dilation, bias=False),norm(planes)
         self.relu,self.downsample = nn.ReLU(inplace=True),shortcut(inputs, planes, stride, norm)
 
-    def forward(self, x):
+    def forward(self, x):  # (B,C,h,w)
         y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
         return self.relu(y + (x if self.downsample is None else self.downsample(x)))
 
@@ -123,9 +123,9 @@ class ResNet(nn.Module):
             part = stage(block, self.widths[i], planes[i], strides[i], rates, stride_first, norm)
             self.add_module(f'layer{i+1}', part)
 
-    def stages(self): return [getattr(self, f'layer{i}') for i in range(5)]
+    def stages(self): return [getattr(self, f'layer{i}') for i in range(5)]  # Stem and four stages
 
-    def forward(self, x): return [x := layer(x) for layer in self.stages()]
+    def forward(self, x): return [x := layer(x) for layer in self.stages()]  # (B,3,H,W) -> the five maps
 
 # %% ../nbs/03_models/01_resnet.ipynb #48e215d4
 def rename_keys(

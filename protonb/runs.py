@@ -31,6 +31,7 @@ from .training import Diverged, changes, checkpoint_info, newest_states, seed_ev
 from .weights import first_of, read_file, state_id, unusable
 
 # %% ../nbs/07_shell/01_runs.ipynb #f4dc290d
+#: name -> network of DIP
 DIP_NETWORKS = dict(dip_resnet101=dip_resnet101, dip_vgg16=dip_vgg16, dip_mobilenetv2=dip_mobilenetv2, dip_small=dip_small)
 DIP_NETWORKS |= {name: make for name,make in LITE_NETWORKS.items() if name.startswith('dip_')}
 #: These end in a classifier and hand out the features before it when asked
@@ -38,7 +39,8 @@ ADAPTABLE = {f'{family}_{size}': getattr(module, f'{family}_{size}')
              for module,families in ((deeplab, ('iapc', 'pbal', 'proda')), (deeplabv2, ('wdass', 'pixda')))
              for family in families for size in ('resnet101', 'mobilenetv2', 'small')}
 ADAPTABLE |= {name: make for name,make in LITE_NETWORKS.items() if name not in DIP_NETWORKS}
-NETWORKS = DIP_NETWORKS | ADAPTABLE
+NETWORKS = DIP_NETWORKS | ADAPTABLE  # All networks by name
+#: The table of methods: name -> record
 METHODS = {m.METHOD.name: m.METHOD for m in (source_only, joint, dip, iapc, pbal, proda, wdass, pixda, mixteacher)}
 
 # %% ../nbs/07_shell/01_runs.ipynb #ru000001
@@ -212,7 +214,7 @@ def start_kind(
     return 'trained' if fit_of(net, loaded, weights, entry or None).whole else 'imagenet'
 
 # %% ../nbs/07_shell/01_runs.ipynb #ru000003
-USUAL_SPACES = {s.num_classes: s for s in (CITYSCAPES, CITYSCAPES16, CITYSCAPES13, CAMVID)}
+USUAL_SPACES = {s.num_classes: s for s in (CITYSCAPES, CITYSCAPES16, CITYSCAPES13, CAMVID)}  # number of classes -> usual class space
 
 @dataclass
 class FileOptions:

@@ -97,7 +97,7 @@ class RareClasses:
         p = np.exp((f.min()-f)/temperature)*seen
         self.p,self.homes = p/p.sum(),[np.flatnonzero(n >= min(least, max(1, n.max()))) for n in pixels.T]
 
-    def __call__(self, position, n, seed, stream='source'):
+    def __call__(self, position, n, seed, stream='source'):  # Place in the stream; length of the data set; seed; name -> index
         rng = rng_for(seed, 'rare', stream, position)
         return int(rng.choice(self.homes[rng.choice(len(self.p), p=self.p)]))
 

@@ -82,7 +82,7 @@ Ids = Whole(0, 254)                # A train id, or how many classes
 Seed = Whole(0, 2**63-1)           # Seed of a generator
 
 # %% ../nbs/00a_settings.ipynb #fb04f83f
-SIMPLE = {bool: (bool, np.bool_), str: str, Path: (str, Path), type(None): type(None)}
+SIMPLE = {bool: (bool, np.bool_), str: str, Path: (str, Path), type(None): type(None)}  # type -> what counts as one
 
 def fits(
     kind,   # Type of a field

@@ -74,7 +74,7 @@ def train(
     *,
     run_dir,           # Folder of the run
     config=None,       # What config.json is to say beside the hyper-parameters
-    progress:bool=True,
+    progress:bool=True,  # Show a bar
 )->dict:               # step reached, and whether the run is finished
     "Train on labelled images only."
     acc = accelerator_for(run)
@@ -100,4 +100,4 @@ METHOD = Method(
     'source-only', 'Train on labelled source images alone, the baseline (or on labelled target images, the oracle).', SourceOnly,
     (('source_only', _train),), net='dip_resnet101', networks='any', target='none', steps=20_000, batch_size=2,
     often=('lr', 'augment.crop_height', 'augment.crop_width'),
-    fitted=_fitted)
+    fitted=_fitted)  # The record

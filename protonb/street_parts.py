@@ -73,11 +73,11 @@ def poly(
     for t in turn: left,right = left & (t >= 0), right & (t <= 0)
     s.code[left | right] = 16*part + tone
 
-def box(s, x0, y0, x1, y1, part, tone=PLAIN):
+def box(s, x0, y0, x1, y1, part, tone=PLAIN):  # `Sprite`; left; lower; right; upper edge; part of it; tone
     "Fill a rectangle given by two corners, in metres."
     poly(s, [(x0,y0), (x1,y0), (x1,y1), (x0,y1)], part, tone)
 
-def bar(s, x0, y0, x1, y1, thick, part, tone=PLAIN):
+def bar(s, x0, y0, x1, y1, thick, part, tone=PLAIN):  # `Sprite`; x; y of one end; x; y of the other; thickness; part; tone
     "A straight bar of thickness `thick` between two points, in metres."
     dx,dy = x1-x0, y1-y0
     n = sqrt(dx*dx + dy*dy)
@@ -246,8 +246,8 @@ def _body(s, x, y, part, stride=.16, arms=.28):
     oval(s, x+.02, y+1.6, .1, .12, skin)
 
 # %% ../nbs/01_data/02a_street_parts.ipynb #08f830fd
-FIGURE = 'skin', 'hair', 'cloth', 'trousers', 'shoes'
-RIDER = 'skin', 'helmet', 'jersey', 'trousers', 'shoes'
+FIGURE = 'skin', 'hair', 'cloth', 'trousers', 'shoes'  # A pedestrian's paints
+RIDER = 'skin', 'helmet', 'jersey', 'trousers', 'shoes'  # A rider's
 
 def _person(kind):
     stride,arms,bag = ((.1,.27,0), (.22,.34,0), (.3,.2,1), (.14,.3,1))[kind]
@@ -403,7 +403,7 @@ def _board():
     return s
 
 # %% ../nbs/01_data/02a_street_parts.ipynb #74769cdb
-SIGNS = 'stop', 'limit', 'give', 'warn', 'park', 'main', 'way'
+SIGNS = 'stop', 'limit', 'give', 'warn', 'park', 'main', 'way'  # Kinds of traffic signs
 
 @lru_cache(None)
 def sprites()->dict:  # name -> list of variants

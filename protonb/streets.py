@@ -90,6 +90,7 @@ def paints(
     rows = [r.split() for r in text.replace('\n', ';').split(';') if r.strip()]
     return {name: tuple(tuple(bytes.fromhex(c)) for c in hexes) for name,*hexes in rows}
 
+#: Colours of both worlds
 SHARED_PAINT = paints('''
 tyre 18181c; case 1a1c1e; red fa3228; amber fab432; green 32eb6e; taillight cd1e1e; headlight faf8e1; sign_led f5aa28; plate ebebe1''')
 
@@ -104,7 +105,7 @@ car e22024 1e5adc fad228 f5f5fa 28b45a fa821e 783cb4; glass 466e96; chrome c8cdd
 truck 286ed2 dc3c28 fab41e; cargo f0f0fa 5ac8e6 fac83c; bus fabe14 e62832; bus_band ffffff; train 1eaaa0 d2286e; train_band ffffff
 skin f0be96 966446; hair 462814 f0c85a; cloth f03c3c 3c78f0 fadc3c 3cc878 f078c8; trousers 283c96 503c32 323240; shoes fafafa
 helmet fa8c14 f0f0f0 1e1e1e; jersey ff6400 aaf01e; bag b4501e; bicycle e62828 285adc 28aa50; motorcycle dc1e1e 283cc8 fa9614
-pole 969caa; lamp fffad2; sign_red e11923; sign_white ffffff; sign_blue 1e5ae1; sign_yellow ffcd1e''')
+pole 969caa; lamp fffad2; sign_red e11923; sign_white ffffff; sign_blue 1e5ae1; sign_yellow ffcd1e''')  # Colours of the game
 
 # %% ../nbs/01_data/02_streets.ipynb #58e9709d
 REAL_PAINT = SHARED_PAINT | paints('''
@@ -117,11 +118,12 @@ car 422c32 aeb7ca 8b8f84 506081 7b4032 e3d3c5 5e5a6a 505347; glass 3e5366; chrom
 truck 96adcd 724752 a55a25; cargo d6d5d4 82a6ae 9e9169; bus d7bd77 a32d2e 838156; bus_band 929295; train b2b170 afa5aa; train_band a05753
 skin cda184 7d5943; hair 35251c 967e4d; cloth 503c45 645759 616b6d 7d4d41 aa9697 605f4e; trousers 2a314e 302c2b 554e44; shoes 706d6b
 helmet cca67b 6e6f71 602825; jersey bda230 a87530 8f9292; bag 6c3f28; bicycle 4f3a3f 603743 3b5e6e 57594b; motorcycle 452e33 702a39 5a5860
-pole 7d8184 6e7175; lamp d8d5c1; sign_red c32429; sign_white e8e8e4; sign_blue 2851ae; sign_yellow e4ba32''')
+pole 7d8184 6e7175; lamp d8d5c1; sign_red c32429; sign_white e8e8e4; sign_blue 2851ae; sign_yellow e4ba32''')  # Colours of the street
 
 # %% ../nbs/01_data/02_streets.ipynb #329087f2
-SYNTHETIC = Domain('synthetic', Place(), Matter(GAME_PAINT), Light(), Lens())
+SYNTHETIC = Domain('synthetic', Place(), Matter(GAME_PAINT), Light(), Lens())  # The game: what a source domain looks like
 
+#: The street: what a target domain looks like
 REAL = Domain('real',
     Place(camera=(1.15,1.45), horizon=(.43,.50), focal=(.82,.98), curve=.004, road=(3.4,4.6), walk=(2.4,4.8), storeys=(2,5), gap=.5,
           verge=.6, parked=.55, traffic=2., people=6., trees=.75),
@@ -129,7 +131,7 @@ REAL = Domain('real',
     Light(sun=(.3,.6), soft=.5, haze=(110.,320.), overcast=.4, dusk=.2, wet=.25, uneven=.25),
     Lens(exposure=(1.,1.32), tint=.05, fade=.06, contrast=.5, black=8., vignette=.35, blur=.4, noise=4., chroma=4))
 
-DOMAINS = {'synthetic': SYNTHETIC, 'real': REAL}
+DOMAINS = {'synthetic': SYNTHETIC, 'real': REAL}  # name -> domain
 
 # %% ../nbs/01_data/02_streets.ipynb #c5cb3ce5
 FAR = 1e5             # Depth of the sky, metres
@@ -146,7 +148,7 @@ def pick(rng, options):
 # %% ../nbs/01_data/02_streets.ipynb #8f4b05a9
 class Scene:
     "One street while it is drawn: camera, weather, buffers; the layout is added by `lay_out`."
-    def __init__(self, domain, rng, size):
+    def __init__(self, domain, rng, size):  # `Domain`; numpy Generator; (H, W)
         self.domain,self.rng,(self.H,self.W) = domain,rng,size
         p,l = domain.place,domain.light
         self.cam,self.f = between(rng, p.camera),between(rng, p.focal)*self.W        # height in metres, focal length in pixels
@@ -184,7 +186,7 @@ def column_depth(
     return np.where(ok, 2*x/np.where(ok, den, 1), FAR).astype(np.float32)
 
 # %% ../nbs/01_data/02_streets.ipynb #6968a08d
-def paint(sc, name):
+def paint(sc, name):  # `Scene`; name of a paint
     "A colour (r,g,b) for the paint `name`, a little different each time."
     r,g,b = pick(sc.rng, sc.domain.matter.paint[name])
     j = sc.domain.matter.jitter*(2*sc.rng.random()-1)
@@ -192,16 +194,17 @@ def paint(sc, name):
     return r+j+k, g+j, b+j-k
 
 # %% ../nbs/01_data/02_streets.ipynb #4fffe136
-ROAD,LINE,DASH,KERB,WALK,GRASS,RAIL = range(7)
-GROUND_PAINT = 'road', 'line', 'road', 'kerb', 'walk', 'grass', 'rail'
+ROAD,LINE,DASH,KERB,WALK,GRASS,RAIL = range(7)  # Materials of the ground
+GROUND_PAINT = 'road', 'line', 'road', 'kerb', 'walk', 'grass', 'rail'  # Paint of each material
+#: Train id of each
 GROUND_CLASS = np.array([CITYSCAPES.index(c) for c in ('road', 'road', 'road', 'sidewalk', 'sidewalk', 'terrain', 'road')], np.uint8)
 
-def strip(sc, a, b, what):
+def strip(sc, a, b, what):  # `Scene`; metres to one edge; to the other; material
     "Fill the section between two distances from the camera."
     a,b = (int((q + REACH)*CELL) for q in (min(a, b), max(a, b)))
     sc.section[max(0, a):max(0, b)] = what
 
-def lay_section(sc):
+def lay_section(sc):  # `Scene`
     "Cut through the street: which material lies how far to the left and right of the camera."
     p,rng = sc.domain.place,sc.rng
     sc.section = np.zeros(2*REACH*CELL, np.uint8)
@@ -307,7 +310,7 @@ def thing_shadow(sc, light, t):
 # %% ../nbs/01_data/02_streets.ipynb #e05680f4
 DUSK = np.array(((.62,.6,.7), (1.08,.86,.66), (.95,.74,.66)), np.float32)  # colour of zenith, horizon and clouds after sunset
 
-def draw_sky(sc):
+def draw_sky(sc):  # `Scene`
     "A gradient from the zenith to the horizon, with clouds cut out of a noise tile."
     rng,n = sc.rng,min(int(sc.v0)+1, sc.H)
     top,low,cloud = (np.array(paint(sc, p), np.float32) for p in ('zenith', 'horizon', 'cloud'))
@@ -344,7 +347,7 @@ class Lots:
     palette:np.ndarray  # (3,9*L) float32 colours; surface c of lot i is column 9*i+c
 
 # %% ../nbs/01_data/02_streets.ipynb #faccf58c
-LOW_PAINT = 'wall', 'fence', 'hedge'
+LOW_PAINT = 'wall', 'fence', 'hedge'  # Paints of what is low at the wayside
 
 @lru_cache(None)
 def _options(colours): return np.array(colours, np.float32)
@@ -424,14 +427,14 @@ def house_front(
     return code
 
 # %% ../nbs/01_data/02_streets.ipynb #8e2a510f
-def low_front(kind, s, y, height):
+def low_front(kind, s, y, height):  # Kind of front; metres along it; above ground; its height
     "Surface code of walls, fences and hedges; 0 lets what is behind show through."
     if kind==FENCE: return (s*2.5 - np.floor(s*2.5) < .32) | (y > height-.16) | ((y > .2) & (y < .36))
     if kind==WALL: return 1 + 7*((y > height-.18) | (s*.25 - np.floor(s*.25) < .04))
     leaves = noise_tile(((64,1),), 64, 4).take(((y*7).astype(np.int32) & 63)*64 + ((s*7).astype(np.int32) & 63))
     return 1 + 7*(leaves > .1)
 
-def row_codes(lots, lot, s, y):
+def row_codes(lots, lot, s, y):  # The lots of a row; lot of each pixel; metres along it; above ground
     "Surface code and height of every pixel of a row."
     kind,height = lots.kind[lot],lots.height[lot]
     code = house_front(lots, lot, s, y)
@@ -571,12 +574,12 @@ def panel(sc, sprite, x, z0, lut, flip):
     stamp(sc, sprite, r0, c0, code, z, lut)
 
 # %% ../nbs/01_data/02_streets.ipynb #a9455b80
-def outside(sc, t, width):
+def outside(sc, t, width):  # `Scene`; `Thing`; metres
     "Whether a billboard of this width, metres, misses the image."
     u,_,k = project(sc, t.x, t.z)
     return abs(u - sc.W/2) > sc.W/2 + width*t.scale*k/2 + 1
 
-def draw_thing(sc, t):
+def draw_thing(sc, t):  # `Scene`; `Thing`
     "A billboard; a vehicle that points along the street is a box of two faces."
     chosen,options = {},sprites()[t.name]
     sprite = options[t.variant % len(options)]
@@ -706,7 +709,7 @@ def place_furniture(sc):
             sc.things.append(Thing(pick(rng, ('light', 'light', 'light_arm')), sc.edge[s] + s*.5, z, 1.15, s > 0))
 
 # %% ../nbs/01_data/02_streets.ipynb #627572fc
-def lay_out(sc):
+def lay_out(sc):  # `Scene`
     "Decide everything about the place before the first pixel is drawn."
     rng,gap = sc.rng,sc.domain.place.gap
     lay_section(sc)
@@ -759,7 +762,7 @@ def mirror(sc, img):
     np.copyto(part, part*(.82 - .16*fade) + smear*(.08*fade), where=ground)
 
 # %% ../nbs/01_data/02_streets.ipynb #832e02ab
-def lens(sc, img):
+def lens(sc, img):  # `Scene`; (3,H,W) float32
     "Exposure, white balance, fading, tone curve, dark corners, softness, noise, shared chroma; img (3,H,W) float32."
     o,rng = sc.domain.lens,sc.rng
     gain = between(rng, o.exposure)

@@ -193,9 +193,9 @@ class Augment:
     crop_width:Side = 1025             # Width of the crop, pixels
     crop_retry_value:Whole(0, 255)|None = None  # Label id of which a crop should keep 85 %; None = off
 
-    def agree(self): yield self.scale_low <= self.scale_high, 'scale_low scale_high', 'scale_low <= scale_high'
+    def agree(self): yield self.scale_low <= self.scale_high, 'scale_low scale_high', 'scale_low <= scale_high'  # What must hold
 
-DIP_AUGMENT = Augment()
+DIP_AUGMENT = Augment()  # DIP's defaults
 
 # %% ../nbs/01_data/04_transforms.ipynb #3d52b1b5
 def augment(

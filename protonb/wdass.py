@@ -373,7 +373,7 @@ class WDASS:
     source_width:Edge = 1280      # ... and width
     jitter:Tint = .25             # Strength of the colour change of every image, 0..0.5; 0: none
 
-    def agree(self): return _rules(self)
+    def agree(self): return _rules(self)  # What must hold
 
 # %% ../nbs/05_methods/06_wdass.ipynb #0d924774
 def _fitted(s:Situation):
@@ -388,4 +388,4 @@ METHOD = Method(
     'wdass', 'Adapt with WDASS and weak labels of the target: tags, points or coarse masks.', WDASS, (('wdass', adapt_weakly),),
     net='wdass_resnet101', target='weak', steps=150_000, feed=lambda cfg: Feed(enlarge='centred'),
     often=('labels', 'lr', 'warm', 'alpha', 'edge', 'contrast.sure', 'mix.threshold', 'window.crop_height', 'window.crop_width'),
-    fitted=_fitted)
+    fitted=_fitted)  # The record

@@ -43,7 +43,7 @@ class Window:
     base_first:bool = False   # The image is really resized to the base, then scaled (WDASS); otherwise both at once
     rows_first:bool = False   # Top drawn before left; another order of the same random numbers
 
-    def agree(self): return _window_rules(self)
+    def agree(self): return _window_rules(self)  # What must hold
 
     @property
     def whole(self)->bool:  # Nothing is random: all of the image, at one size
@@ -66,7 +66,9 @@ PBAL_WINDOW = Window(base_width=2200, low=.5, high=1.5, crop_height=512, crop_wi
 PRODA_WINDOW = PBAL_WINDOW                                                                            # ProDA, the same
 IAPC_WINDOW = Window(640, 1280, .8, 1.2, 256, 512, .5, tries=10, more_than=10, resample='bicubic')    # IAPC
 IAPC_REFRESH_WINDOW = Window(512, 1024, crop_height=256, crop_width=512, resample='bicubic', rows_first=True)  # its batch norms'
+#: The released code's window of target images
 WDASS_TARGET_WINDOW = Window(512, 1024, .5, 2., 512, 512, .5, pad=True, resample='bicubic', base_first=True, rows_first=True)
+#: The same of source images
 WDASS_SOURCE_WINDOW = Window(720, 1280, .5, 2., 512, 512, .5, pad=True, resample='bicubic', base_first=True, rows_first=True)
 PIXDA_WINDOW = Window(512, 1024, resample='bicubic')                                                  # PixDA: all of the image
 
@@ -82,7 +84,7 @@ class Geometry:
     crop_width:int   # Columns
     flip:bool        # Mirrored afterwards
 
-    def box(self, H, W):
+    def box(self, H, W):  # Height; width of the image
         "The window in the pixels of the unscaled image: left, upper, right, lower."
         sx,sy = W/self.width,H/self.height
         return self.left*sx, self.top*sy, (self.left+self.crop_width)*sx, (self.top+self.crop_height)*sy
