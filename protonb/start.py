@@ -9,7 +9,7 @@ __all__ = ['STOPPED', 'main']
 import os, signal, threading
 
 # %% ../nbs/07_shell/03_start.ipynb #c77b393b
-STOPPED = 'protonb: stopped; the same command goes on from the last checkpoint'
+STOPPED = 'protonb: stopped; the same command goes on from the last checkpoint'   # The last line of a stopped command
 
 def main(
     args=None,  # Words of the command line; those of the shell when left out

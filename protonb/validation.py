@@ -102,7 +102,9 @@ def _write_csv(path, rows):
         out.writerows(rows)
 
 # %% ../nbs/07_shell/01e_validation.ipynb #8c64a513
-def validate_runs(o:Validate):
+def validate_runs(
+    o:Validate,  # Options
+):
     "protonb validate"
     if o.out and o.out.is_dir(): raise InputError(f'--out {o.out}: is a folder; expected the name of a CSV file')
     if len(set(o.runs)) < len(o.runs): raise InputError(f'{max(o.runs, key=o.runs.count)}: is named twice; expected each run once')

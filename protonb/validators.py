@@ -26,7 +26,9 @@ class Look:
     teacher:Tensor=None     # (n,) labels by a second network
 
     @property
-    def labels(self): return self.probabilities.argmax(1)
+    def labels(self):
+        "(n,) ids."
+        return self.probabilities.argmax(1)
 
 # %% ../nbs/04_learning/19_validators.ipynb #782cbc75
 def _answer(segment, images):
@@ -147,6 +149,7 @@ def prototype_margin(
     return (first-second).mean().item()
 
 # %% ../nbs/04_learning/19_validators.ipynb #fd50b4b5
+#: Name -> score
 VALIDATORS = dict(entropy=mean_entropy, information=information_maximisation, density=neighbourhood_density, views=view_agreement,
                   margin=prototype_margin, teacher=teacher_agreement)
 

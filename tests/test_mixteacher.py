@@ -77,7 +77,7 @@ def test_teacher_labels_pixel_by_pixel():
 
 
 @pytest.mark.parametrize("style", [0., 1.], ids=["own colours", "the target's colours"])
-@pytest.mark.parametrize("kind", ["none", "coarse", "few"])
+@pytest.mark.parametrize("kind", ["none", "point", "coarse", "few"])
 def test_mixteacher_step_is_its_equation(kind, style):
     student, teacher = nets(), nets(1)
     with torch.no_grad():                                                   # a teacher that tells classes apart
@@ -108,8 +108,9 @@ def test_mixteacher_step_is_its_equation(kind, style):
     w = w*(rare/(rare*share).sum())[ids]
     ids, w = ids.where(y_t == IGNORE, y_t), w.where(y_t == IGNORE, torch.tensor(1.))
     m_x, m_y, m_w = torch.where(mask[:, None], x, x_t), torch.where(mask, y, ids), torch.where(mask, torch.tensor(1.), w)
-    k_x, k_y = dict(none=(x, y), coarse=(x_t, y_t), few=few)[kind]
-    total = .5*plain_cross_entropy(plain(normalize(k_x)), k_y).sum()/(k_y != IGNORE).sum()
+    total = 0
+    for k_x, k_y in dict(none=[(x, y)], point=[(x, y), (x_t, y_t)], coarse=[(x_t, y_t)], few=[few])[kind]:
+        total = total + .5*plain_cross_entropy(plain(normalize(k_x)), k_y).sum()/(k_y != IGNORE).sum()
     total = total + .7*(m_w*plain_cross_entropy(plain(normalize(m_x)), m_y)).sum()/(m_y != IGNORE).sum()
     total.backward()
     close(grads(student), grads(plain))
