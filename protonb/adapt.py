@@ -89,9 +89,8 @@ def opened(
 def known_of(o, space):
     "Target images with labels, weak ones or few; None where there are none."
     if not (o.few or o.weak): return None
-    if o.few and Path(o.few).is_file():
-        return require_labels(few_shot(open_dataset(o.target, 'train', space), names_in(o.few)), f'--few {o.few}')
-    if o.few: return opened(o, 'few', lambda spec: open_dataset(spec, 'train', space))
+    named = lambda path: few_shot(open_dataset(o.target, 'train', space), names_in(path))
+    if o.few: return opened(o, 'few', named if Path(o.few).is_file() else lambda spec: open_dataset(spec, 'train', space))
     m = METHODS['mixteacher']
     words = options_of(m)(source=o.source, target=o.weak, out=o.out, hyper=m.settings(labels=o.labels))
     return opened(o, 'weak', lambda spec: _weak(words, space))
@@ -299,7 +298,8 @@ def tell(plan, begun):
     "What is to be expected."
     (m,n),((a,_),(b,before)) = plan['steps'],plan['seconds']
     each = (f'{m} steps of {a:.2g} s for the start, ' if m else '') + f'{n} of {b:.2g} s for the adaptation'
-    print(f'{each}: about {span(m*a + n*b + before)} in all' + (', of which a part is done' if begun else '; scores and pictures not counted'))
+    more = ', of which a part is done' if begun else '; scores and pictures not counted'
+    print(f'{each}: about {span(m*a + n*b + before)} in all{more}')
 
 # %% ../nbs/07_shell/03_adapt.ipynb #ad000042
 def trained(job):
@@ -347,7 +347,8 @@ def adapt(
     o:Adapt,  # Options
 )->int:       # Exit code
     "protonb adapt"
-    if accelerator_for(Train(device=o.device)).num_processes > 1: raise InputError('adapt: runs in one process; for several use protonb train')
+    many = accelerator_for(Train(device=o.device)).num_processes
+    if many > 1: raise InputError(f'adapt: started in {many} processes, expected one; protonb train takes several')
     if (o.out/'config.json').exists(): raise InputError(f'--out {o.out}: holds a run of protonb train; expected another folder')
     d = open_domains(o)
     begun = (o.out/'adapt.json').exists()

@@ -11,7 +11,6 @@ import protonb.adapt as A
 from protonb import mixteacher, source_only
 from protonb.cli import main
 from protonb.datasets import open_dataset
-from protonb.evaluation import Scores
 from protonb.runs import open_run, read_config
 
 COLOURS = dict(ground=(110, 80, 40), wall=(200, 60, 60), sky=(70, 130, 220))
@@ -56,7 +55,7 @@ def town(tmp_path_factory):
 
 
 def run(town, out, *more, source=True, steps=6):
-    words = ["adapt", "--target", town["target"], "--out", out, "--steps", steps, "--batch-size", 2, "--device", "cpu", "--images", 2]
+    words = ["adapt", "--target", town["target"], "--out", out, "--steps", steps, "--batch-size", 2, "--device", "cpu", "--images", 2, "--size", "30x45"]
     words += ["--source", town["source"], "--net", "pbal_small"] if source else []
     return main([str(w) for w in (*words, *more)])
 
@@ -75,7 +74,7 @@ def weights(out):
 def test_two_folders_end_in_an_answer(town, whole):
     start, adapted = open_run(whole / "start"), open_run(whole / "adapted")
     assert (start.method, start.step, adapted.method, adapted.step) == ("source_only", 4, "mixteacher", 2)
-    assert adapted.space.classes == tuple(COLOURS) and adapted.feed.height == H
+    assert adapted.space.classes == tuple(COLOURS) and (adapted.feed.height, adapted.feed.width) == (30, 45)
     of = read_config(whole / "adapted")[1]["config"]
     assert of["hyper"]["labels"] == "none" and of["source"] == town["source"]
     names = sorted(p.name for p in (whole / "predictions").iterdir())
@@ -86,6 +85,11 @@ def test_two_folders_end_in_an_answer(town, whole):
     assert not [p for p in whole.rglob("*") if p.name.endswith(".tmp") or p.name == ".lock"]
 
 
+def fixed(monkeypatch):
+    """No steps are measured."""
+    monkeypatch.setattr(A, "step_seconds", lambda job: (0.1, 0.0))
+
+
 class Killed(BaseException):
     """What nothing catches."""
 
@@ -94,7 +98,7 @@ class Killed(BaseException):
 def test_killed_in_the_middle_it_ends_with_the_same_bits(town, whole, monkeypatch, module, at):
     out, real, seen = town["root"] / f"killed-{at}", module.step, []
     monkeypatch.setattr(A, "CHECKPOINT", 1)
-    monkeypatch.setattr(A, "step_seconds", lambda job: (0.1, 0.0))
+    fixed(monkeypatch)
 
     def step(*args, **kw):
         seen.append(1)
@@ -122,13 +126,10 @@ def test_finished_stages_are_kept_and_another_command_is_refused(town, whole, mo
     assert "was begun with --steps 6" in capsys.readouterr().err
 
 
-def fixed(monkeypatch): monkeypatch.setattr(A, "step_seconds", lambda job: (0.1, 0.0))
-
-
-def test_few_labelled_images_of_another_folder(town, monkeypatch):
+def test_few_labelled_images_of_another_folder(town, whole, monkeypatch):
     fixed(monkeypatch)
     out = town["root"] / "with-few"
-    assert run(town, out, "--few", town["few"], "--start", town["root"] / "whole" / "start", "--net", "", steps=3) == 0
+    assert run(town, out, "--few", town["few"], "--start", whole / "start", "--net", "", steps=3) == 0
     of = read_config(out / "adapted")[1]["config"]
     assert of["hyper"]["labels"] == "few" and of["images"] == ["3_0", "3_1"] and not (out / "start").exists()
 
@@ -136,9 +137,9 @@ def test_few_labelled_images_of_another_folder(town, monkeypatch):
 def test_points(town, whole, monkeypatch):
     fixed(monkeypatch)
     out = town["root"] / "with-points"
-    assert run(town, out, "--weak", town["weak"], "--labels", "point", "--start", whole / "start", "--net", "", "--size", "30x45", steps=3) == 0
+    assert run(town, out, "--weak", town["weak"], "--labels", "point", "--start", whole / "start", "--net", "", steps=3) == 0
     of = read_config(out / "adapted")[1]["config"]
-    assert of["hyper"]["labels"] == "point" and of["feed"]["height"] == 30 and of["feed"]["width"] == 45
+    assert of["hyper"]["labels"] == "point" and of["weak"] == town["weak"]
 
 
 def test_no_point_is_lost_when_the_map_gets_smaller(town):
@@ -158,9 +159,10 @@ def test_an_image_in_two_places_counts_once(town):
     assert len(other) == N + 2 and not hasattr(other, "few")
 
 
-def test_source_free_without_any_label(town, whole, capsys):
+def test_source_free_without_any_label(town, whole, monkeypatch, capsys):
+    fixed(monkeypatch)
     out = town["root"] / "free"
-    words = ["adapt", "--start", whole / "start", "--target", f"images:{town['root']}/street/images/train", "--out", out, "--steps", 3, "--batch-size", 2]
+    words = ["adapt", "--start", whole / "start", "--target", f"images:{town['root']}/street/images/train", "--out", out, "--steps", 3, "--batch-size", 2, "--size", "30x45"]
     assert main([str(w) for w in (*words, "--device", "cpu", "--images", 1)]) == 0
     assert open_run(out / "adapted").method == "iapc" and len(list((out / "predictions").iterdir())) == 2
     page = (out / "report.html").read_text()
@@ -171,8 +173,7 @@ def test_source_free_without_any_label(town, whole, capsys):
     (["--few", "folder:gone.toml"], "--few folder:gone.toml"), (["--weak", "images:gone"], "--labels"), (["--val", "folder:gone.toml"], "--val folder:gone.toml"),
     (["--start", "gone"], "--start gone"), (["--size", "60"], "HEIGHTxWIDTH"), (["--steps", "2"], "--steps"), (["--steps", "6", "--hours", "1"], "one of them"),
     (["--source", "images:."], "--source images:."), (["--target", "folder:gone.toml"], "--target folder:gone.toml"), (["--source", ""], "--source"),
-    (["--weak", "images:gone", "--labels", "point"], "--weak images:gone"), (["--net", "vgg"], "--net"), (["--few", __file__], "holds"),
-    (["--classes", "none"], "--classes")])
+    (["--weak", "images:gone", "--labels", "point"], "--weak images:gone"), (["--few", __file__], f"--few {__file__}: the data set of 5 images"), (["--classes", "none"], "--classes")])
 def test_a_mistake_is_one_line_before_anything_is_written(town, tmp_path, monkeypatch, capsys, more, says):
     monkeypatch.chdir(town["root"] / "game" / "images" / "train")
     assert run(town, tmp_path / "out", *more) == 2
