@@ -53,6 +53,8 @@ def versions_of(
     folder = next((r.dir for r in runs.values() if r.dir.is_dir()), None)
     return read_config(folder)[1]['versions'] if folder else versions(accelerator_for(Train()))
 
+def truth_in(label): return label if (label != IGNORE).any() else None      # an image without labels has none to show
+
 # %% ../nbs/07_shell/01b_pages.ipynb #c133ba73
 def make_report(
     path,            # HTML file
@@ -70,9 +72,7 @@ def make_report(
     "Everything about some runs on one page."
     at = [round(i*(len(data)-1)/max(images-1, 1)) for i in range(min(images, len(data)))]
     seen = lambda r, image: label_map(ready(r, look), image.to(device_of(r))).cpu()
-    truth = lambda label: label if (label != IGNORE).any() else None
-    shown = [(data.names[i], *data[i]) for i in at]
-    panels = [(name, image, truth(label), {t: seen(r, image) for t,r in runs.items()}) for name,image,label in shown]
+    panels = [(data.names[i], x, truth_in(y), {t: seen(r, x) for t,r in runs.items()}) for i in at for x,y in [data[i]]]
     proto = next((r for r in runs.values() if r.prototypes is not None), None)
     feats = {n: sampled_features(proto, d) for n,d in (('source', source), ('target', data)) if d is not None} if proto else None
     curves = {t: {k: v for k,v in read_metrics(r.dir).items() if 'loss' in k or k in ('query', 'support')}
