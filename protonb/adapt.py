@@ -71,7 +71,9 @@ class Adapt:
     seed:Seed = 0            # Seed of everything random
     device:Literal['auto', 'cpu', 'cuda'] = 'auto'  # Where to compute
 
-    def agree(self): return _rules(self)
+    def agree(self):
+        "Options that contradict each other."
+        return _rules(self)
 
 # %% ../nbs/07_shell/03_adapt.ipynb #ad000015
 def opened(
@@ -114,7 +116,9 @@ class Domains:
     first:Run|None     # The network of --start
     space:ClassSpace   # Classes of the run
 
-def open_domains(o:Adapt)->Domains:
+def open_domains(
+    o:Adapt,  # Options
+)->Domains:
     "Everything that is given, looked into; nothing is written."
     if o.start and not o.start.exists(): raise InputError(f'--start {o.start}: no such run folder or weight file')
     first = open_any(o.start, FileOptions(o.net), space_named(o.classes)) if o.start else None
@@ -144,7 +148,13 @@ class AtSize:
         image,label = self.dataset[i]
         return to_base(image, label, (self.height, self.width or max(1, round(image.shape[2]*self.height/image.shape[1]))), self.points)
 
-def at_size(dataset, height, width=None, points=False, most=2e9):
+def at_size(
+    dataset,       # Items are (image uint8 (3,H,W), label)
+    height,        # Height wanted
+    width=None,    # Width; None: what keeps the image's shape
+    points=False,  # Labels are single pixels
+    most=2e9,      # Bytes
+):
     "The same, decoded once where it takes at most so many bytes."
     ds = AtSize(dataset, height, width, points)
     return Cached(ds) if len(ds)*4*ds[0][0][0].numel() <= most else ds
@@ -258,7 +268,11 @@ def step_seconds(
         rows = read_rows(Path(folder)/'run'/'timing.csv')
     return statistics.median(float(r['seconds']) for r in rows[warm:]),before
 
-def span(s): return f'{s:.0f} s' if s < 100 else f'{s/60:.0f} min' if s < 6000 else f'{s/3600:.1f} h'
+def span(
+    s,  # Seconds
+):
+    "In words."
+    return f'{s:.0f} s' if s < 100 else f'{s/60:.0f} min' if s < 6000 else f'{s/3600:.1f} h'
 
 # %% ../nbs/07_shell/03_adapt.ipynb #ad000037
 def split_steps(n, start): return (0, n) if start else (n-max(1, n//3), max(1, n//3))

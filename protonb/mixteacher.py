@@ -172,7 +172,7 @@ def adapt(
 
 # %% ../nbs/05_methods/09_mixteacher.ipynb #a9b474e3
 def _fitted(s:Situation):
-    "A teacher that forgets within a tenth of the run, a confidence that a short run reaches; weak colours, as the target's have come already."
+    "A teacher that forgets within a tenth of the run, a confidence that a short run reaches; weak colours, as the target's are there."
     return MixTeacher(alpha=memory(s, .1), tau=.8, colour=.1, **run_settings(s))
 
 # %% ../nbs/05_methods/09_mixteacher.ipynb #bc1eb6d1

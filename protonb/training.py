@@ -383,8 +383,7 @@ def _agreement(acc):
 
 # %% ../nbs/04_learning/02_training.ipynb #d3ca27a5
 #: Settings that may differ when a run goes on
-FREE = {f'train.{n}' for n in 'workers log_every checkpoint_every keep device batch_size best skip_nonfinite patience'.split()}
-FREE.add('config.method')         # older runs lack it; `require_own` compares it
+FREE = {'config.method'} | {f'train.{n}' for n in 'workers log_every checkpoint_every keep device batch_size best skip_nonfinite patience'.split()}
 
 def _plain(value):
     "A configuration as JSON gives it back."
