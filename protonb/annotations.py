@@ -51,9 +51,6 @@ def _sound(drawing, where):
         rle = s.kind == 'coco' and isinstance(s.data, dict)
         if s.kind == 'coco' and not rle: corners = [v for ring in s.data for v in ring]
         if any(map(wrong, corners)): raise InputError(f'{where}: a {s.kind} has a corner at no pixel')
-        if rle and [*map(int, s.data['size'])] != [H, W]: raise InputError(f'{where}: a mask is of {s.data["size"]}, the photo {H}x{W}')
-        if rle and isinstance(c := s.data['counts'], list) and (min(c, default=0) < 0 or sum(c) != H*W):
-            raise InputError(f'{where}: a mask of {sum(c)} pixels, the photo {H}x{W}')
 
 # %% ../nbs/01_data/02c_annotations.ipynb #692f2092
 def rasterise(

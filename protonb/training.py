@@ -383,14 +383,14 @@ def _agreement(acc):
 
 # %% ../nbs/04_learning/02_training.ipynb #d3ca27a5
 #: Settings that may differ when a run goes on
-FREE = {'config.method'} | {f'train.{n}' for n in 'workers log_every checkpoint_every keep device batch_size best skip_nonfinite patience'.split()}
+FREE = {'config.method', *(f'train.{n}' for n in
+        'workers log_every checkpoint_every keep device batch_size best skip_nonfinite patience'.split())}
 
 def _plain(value):
     "A configuration as JSON gives it back."
     def default(v):
         if is_dataclass(v): return asdict(v)
-        if isinstance(v, Path): return str(v)
-        if isinstance(v, np.generic): return v.item()
+        if isinstance(v, (Path, np.generic)): return str(v) if isinstance(v, Path) else v.item()
         raise TypeError(f'config holds {v!r}, a {type(v).__name__}, which cannot be written to config.json')
     return json.loads(json.dumps(value, default=default))
 

@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from reprlib import repr as shown          # a file may hold itself
 import numpy as np
 import torch
 from PIL import Image
@@ -109,7 +110,7 @@ def _load_yaml(path):
     except OSError as e: raise InputError(f'{path}: cannot be read ({e.strerror}), {what}') from None
     except UnicodeDecodeError: raise InputError(f'{path}: is no text, {what}') from None
     try: return yaml.load(text, Loader=_yaml_loader())
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
+    except Exception as e:                             # PyYAML's own and, of odd tags, any other
         raise InputError(f'{path}: is no valid file of points ({" ".join(str(e).split())})') from None
 
 # %% ../nbs/01_data/07_weak_labels.ipynb #484f8408
@@ -119,18 +120,18 @@ def _size_of(size, where):
     "Height and width from (H,W) or (H,W,3)."
     good = isinstance(size, (tuple, list)) and len(size) in (2, 3) and all(_whole(v, 1 << 16) and v for v in size)
     if good: return tuple(size[:2])
-    raise InputError(f'{where}: size is {size!r}, expected (height, width) or (height, width, 3)')
+    raise InputError(f'{where}: size is {shown(size)}, expected (height, width) or (height, width, 3)')
 
 def _points_of(item, where):
     "One entry {image, size, points} of the file, checked."
     if not isinstance(item, dict) or not {'image', 'size', 'points'} <= set(item):
-        raise InputError(f'{where} is {str(item)[:60]!r}, expected image, size and points')
+        raise InputError(f'{where} is {shown(item)}, expected image, size and points')
     (H, W), points = _size_of(item['size'], where), item['points']
-    if not isinstance(item['image'], str): raise InputError(f'{where}: image is {item["image"]!r}, expected a name')
-    if not isinstance(points, list): raise InputError(f'{where}: points are {str(points)[:60]!r}, expected a list')
+    if not isinstance(item['image'], str): raise InputError(f'{where}: image is {shown(item["image"])}, expected a name')
+    if not isinstance(points, list): raise InputError(f'{where}: points are {shown(points)}, expected a list')
     for p in points:
         if not isinstance(p, dict) or not all(_whole(p.get(k), end) for k, end in (('x', H), ('y', W), ('c', 256))):
-            raise InputError(f'{where}: point {p!r}, expected a row x below {H}, a column y below {W} and an id c')
+            raise InputError(f'{where}: point {shown(p)}, expected a row x below {H}, a column y below {W} and an id c')
     rows, cols, ids = np.array([[p['x'], p['y'], p['c']] for p in points], np.int64).reshape(-1, 3).T
     if len(np.unique(rows*W + cols)) < len(ids): raise InputError(f'{where}: two points lie on the same pixel')
     return Points((H, W), rows, cols, ids.astype(np.uint8))
