@@ -180,5 +180,4 @@ def _fitted(s:Situation):
 METHOD = Method(
     'mixteacher', 'Adapt with whatever labels the target has, none included: a slow teacher, and classes pasted onto target images.',
     MixTeacher, (('mixteacher', adapt),), net='iapc_resnet101', target='any', steps=40_000, fitted=_fitted,
-    often=('labels', 'lr', 'alpha', 'tau', 'balance', 'mix', 'weight', 'colour', 'style', 'rare', 'window.crop_height',
-           'window.crop_width'))
+    often=('labels', 'lr', 'alpha', 'tau', 'balance', 'mix', 'colour', 'style', 'rare', 'window.crop_height', 'window.crop_width'))
