@@ -844,7 +844,7 @@ class Streets:
         seed:int=0,              # Data sets with different seeds share no image
         cache:bool=True,         # Keep what was drawn in memory: 4 bytes a pixel
     ):
-        if not 1 <= count <= 10**7: raise InputError(f'count is {count}, but a data set of streets has 1 to 10 million images')
+        if not 1 <= count <= 10_000_000: raise InputError(f'count is {count}, but a data set of streets has 1 to 10 million images')
         self.domain,self.count,self.size,self.seed,self.space = domain,int(count),tuple(size),int(seed),CITYSCAPES
         self.names = [f'{domain.name}_{seed}_{i:05d}' for i in range(self.count)]
         self.drawn = {} if cache else None

@@ -383,7 +383,7 @@ def _agreement(acc):
 
 # %% ../nbs/04_learning/02_training.ipynb #d3ca27a5
 #: Settings that may differ when a run goes on
-FREE = {'config.method', *(f'train.{n}' for n in
+FREE = {'config.method', 'config.feed.width', *(f'train.{n}' for n in      # older runs lack the first two
         'workers log_every checkpoint_every keep device batch_size best skip_nonfinite patience'.split())}
 
 def _plain(value):
