@@ -8,7 +8,6 @@ their own and writes what was tried to tuning.csv. Rows of streets.csv are writt
 """
 import argparse
 import copy
-import csv
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -17,7 +16,6 @@ from pathlib import Path
 import torch
 
 from protonb import methods
-from protonb.core import atomic_path
 from protonb.datasets import take
 from protonb.evaluation import evaluate
 from protonb.feeding import segmenter
@@ -30,6 +28,7 @@ from protonb.streets import REAL, SYNTHETIC, Streets
 from protonb.teachers import adapt_statistics
 from protonb.training import Train
 from protonb.weak_labels import WeakLabels
+from rows import replace_row
 
 RESULTS = Path(__file__).resolve().parent/'streets.csv'
 KEY = ['stage', 'seed', 'network']
@@ -163,18 +162,9 @@ class Bench:
         return draw_shots(list(self.data['target'].names), k, self.seed, group=self.setup.group)
 
 
-def read_rows(path):
-    if not path.exists(): return []
-    with open(path, newline='') as f: return list(csv.DictReader(f))
-
-
 def write_row(path, row):
     "Add a row; one of the same stage, seed and network is replaced."
-    rows = [r for r in read_rows(path) if any(str(r[k]) != str(row[k]) for k in KEY)]+[row]
-    with atomic_path(path) as p, open(p, 'w', newline='') as f:
-        out = csv.DictWriter(f, COLUMNS, lineterminator='\n')
-        out.writeheader()
-        out.writerows(rows)
+    replace_row(path, row, KEY, COLUMNS)
 
 
 def table(rows):
@@ -206,13 +196,10 @@ def fill(bench, names, command, path=None):
 
 def note_try(bench, row):
     "Everything that was tried on the images for choosing settings is written down."
-    path = Path(__file__).resolve().parent/'tuning.csv'
     tried = ' '.join(f'{k}={v}' for k, v in bench.setup.tries)
-    rows = [r for r in read_rows(path) if (r['stage'], r['seed'], r['network'], r['settings'], r['start'], r['steps']) != (row['stage'], str(row['seed']), row['network'], tried, str(bench.setup.start), str(row['steps']))]
-    with atomic_path(path) as p, open(p, 'w', newline='') as f:
-        out = csv.DictWriter(f, ['stage', 'seed', 'network', 'settings', 'start', 'steps', 'miou', 'seen', 'accuracy', 'date', 'command'], lineterminator='\n', extrasaction='ignore')
-        out.writeheader()
-        out.writerows([*rows, row | dict(settings=tried, start=bench.setup.start)])
+    columns = ['stage', 'seed', 'network', 'settings', 'start', 'steps', 'miou', 'seen', 'accuracy', 'date', 'command']
+    told = row | dict(settings=tried, start=bench.setup.start)
+    replace_row(RESULTS.with_name('tuning.csv'), {c: told[c] for c in columns}, columns[:6], columns)
 
 
 def options(about, home):

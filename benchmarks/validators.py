@@ -6,19 +6,18 @@ RUNS are run folders, or folders in which some lie, of streets.py's setup (97x19
 row already are left out without `--again`. A run is called by its path below the folder that was named. nbs/04_learning/19_validators.ipynb reads the rows.
 """
 import argparse
-import csv
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-from protonb.core import atomic_path
 from protonb.runs import open_run
 from protonb.streets import REAL, Streets
 from protonb.training import checkpoints
 from protonb.validation import rows_of
 from protonb.validators import VALIDATORS, rank_correlation, regret
+from rows import read_rows, replace_row
 
 RESULTS = Path(__file__).resolve().parent/'validators.csv'
 COLUMNS = ['group', 'run', 'stage', 'step', *VALIDATORS, 'miou', 'torch', 'date', 'command']
@@ -31,21 +30,6 @@ def runs_below(path):
     found = sorted(p.parent for p in path.rglob('config.json') if (p.parent/'checkpoints').is_dir())
     if not found: sys.exit(f'{path}: no run folder in it; expected the folder of a run, with config.json and checkpoints')
     return [(p, p.relative_to(path).as_posix() if p != path else path.name) for p in found]
-
-
-def read_rows(path):
-    if not path.exists(): return []
-    with open(path, newline='') as f: return list(csv.DictReader(f))
-
-
-def write_row(path, row):
-    "Add a row; one of the same run, stage and step is replaced."
-    key = lambda r: tuple(str(r[k]) for k in ('run', 'stage', 'step'))
-    rows = [r for r in read_rows(path) if key(r) != key(row)]+[row]
-    with atomic_path(path) as p, open(p, 'w', newline='') as f:
-        out = csv.DictWriter(f, COLUMNS, lineterminator='\n', restval='', extrasaction='ignore')
-        out.writeheader()
-        out.writerows(sorted(rows, key=key))
 
 
 def table(rows):
@@ -73,7 +57,7 @@ def main():
         if not args.again and {str(t) for t, _ in checkpoints(path, run.method)} <= known: continue
         for row in rows_of(run, target, scenes, every=True, images=args.images, pixels=args.pixels):
             row = {k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()} | about | dict(run=name, group=name.split('/')[-1].split(',')[0].split('_')[0])
-            write_row(args.out, row)
+            replace_row(args.out, {c: row.get(c, '') for c in COLUMNS}, ('run', 'stage', 'step'), COLUMNS, ordered=True)      # one of the same run, stage and step goes
             print(name, row['step'], *(f'{k} {row[k]}' for k in (*VALIDATORS, 'miou') if k in row), flush=True)
     table(read_rows(args.out))
 

@@ -44,12 +44,11 @@ def _mask(size, shape):
 def _sound(drawing, where):
     "Refuse sizes and corners that would take memory or hours to draw."
     (H, W), wrong = drawing.size, lambda v: not abs(v) < 1e6
-    if H < 1 or W < 1: raise InputError(f'{where}: is of a photo of {H}x{W} pixels, expected at least one')
+    if min(H, W) < 1: raise InputError(f'{where}: is for a photo of {W}x{H} pixels, expected at least one')
     small_enough(W, H, where)
     for s in drawing.shapes:
         corners = [v for p in s.data for v in p] if s.kind in ('rectangle', 'ellipse') else s.data[:2] if s.kind == 'mask' else ()
-        rle = s.kind == 'coco' and isinstance(s.data, dict)
-        if s.kind == 'coco' and not rle: corners = [v for ring in s.data for v in ring]
+        if s.kind == 'coco' and isinstance(s.data, list): corners = [v for ring in s.data for v in ring]
         if any(map(wrong, corners)): raise InputError(f'{where}: a {s.kind} has a corner at no pixel')
 
 # %% ../nbs/01_data/02c_annotations.ipynb #692f2092
@@ -60,7 +59,6 @@ def rasterise(
     where='drawing',  # Name of the file, for the error message
 )->np.ndarray:        # (H,W) uint8 raw ids
     "Paint the shapes over each other in their order."
-    if min(drawing.size) < 1: raise InputError(f'{where}: is for a photo of {drawing.size[1]}x{drawing.size[0]} pixels')
     _sound(drawing, where)
     im = Image.new('L', drawing.size[::-1], ground)
     pen = ImageDraw.Draw(im)

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from .core import rng_for
 from .feeding import enlarged, network_input
-from .joint import run_settings, source_stream
+from .joint import learn_from, run_settings, source_stream
 from .labels import IGNORE
 from .methods import Job, Method, accelerator_of, learn
 from .mixing import blur_batch, jitter_batch, match_colours, mix_masks, paste
 from .ops import logits_cross_entropy
 from .optimization import optimizer_of
-from .processes import cross_entropy, for_processes, held, mean_over, sum_over
+from .processes import for_processes, held, mean_over, sum_over
 from .recipes import Situation, memory
 from .settings import checked_dataclass, Count, Decay, Factor, Power, Rate, Share, Steps, Tint, Weight
 from .streams import few_labelled, labelled, paired, stacked, weakly_labelled
@@ -90,9 +90,7 @@ def known_images(
 
 def _learn(student, images, labels, cfg, rng, generator, backward, acc):
     with held(student, acc):
-        loss = cross_entropy(student(network_input(student, strong_colours(images, cfg.colour, rng, generator))), labels, sum_over(acc))
-        backward(cfg.weight*loss)
-    return loss.detach()
+        return learn_from(student, strong_colours(images, cfg.colour, rng, generator), labels, cfg.weight, backward, acc)
 
 # %% ../nbs/05_methods/09_mixteacher.ipynb #5931cc55
 def step(

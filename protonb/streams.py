@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['labelled', 'unlabelled', 'rare_first', 'few_labelled', 'weakly_labelled', 'strongly', 'pseudo_labelled',
-           'softly_labelled', 'three_viewed', 'paired', 'alternately', 'stage_seed', 'stacked', 'feed']
+           'softly_labelled', 'three_viewed', 'paired', 'stage_seed', 'stacked', 'feed']
 
 # %% ../nbs/04_learning/13_streams.ipynb #9dd0f45c
 import zipfile
@@ -193,15 +193,6 @@ def paired(
 ):             # position -> dict of samples
     "Streams side by side."
     return lambda position: {name: make(position) for name,make in streams.items()}
-
-def alternately(
-    first,    # position -> sample
-    second,   # position -> sample of the same kind and size
-    share=.5, # How often the second comes, 0..1
-    seed=0,   # Seed of the draws
-):            # position -> sample
-    "One stream out of two, as if both data sets were one: half and half, however few images the second has."
-    return lambda position: (second if rng_for(seed, 'alternately', position).random() < share else first)(position)
 
 # %% ../nbs/04_learning/13_streams.ipynb #d07b9c7e
 def stage_seed(

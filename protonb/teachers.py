@@ -12,6 +12,7 @@ from itertools import zip_longest
 import torch
 from torch import nn
 from .dip_net import BATCH_NORMS
+from .sampling import spread_over
 from .training import bare
 from .transforms import normalize, resize_image
 
@@ -79,7 +80,7 @@ def adapt_statistics(
 ):                      # The same network
     "Replace the stored statistics of every batch norm by those of some images; each batch counts the same."
     norms,was = [m for m in net.modules() if isinstance(m, BATCH_NORMS)],net.training
-    device,at = next(net.parameters()).device,torch.linspace(0, len(dataset)-1, min(count, len(dataset))).round().long().tolist()
+    device,at = next(net.parameters()).device,spread_over(len(dataset), count)
     size = tuple(dataset[0][0].shape[1:])
     net.eval()
     momenta = [m.momentum for m in norms]

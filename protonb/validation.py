@@ -17,9 +17,10 @@ from .evaluation import _align, evaluate
 from .feeding import segmenter
 from .options import open_with
 from .runs import FileOptions, device_of, fill_whole, ready
+from .sampling import spread_over
 from .settings import Seed, Some, Whole, checked_dataclass
 from .training import checkpoint_info, checkpoints, read_states
-from .validators import VALIDATORS, spread_over, validate
+from .validators import VALIDATORS, validate
 
 # %% ../nbs/07_shell/01e_validation.ipynb #3a74b266
 SECOND = ('student', 'memory', 'average', 'teacher')      # What methods call the other network of a checkpoint
