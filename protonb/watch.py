@@ -102,12 +102,15 @@ def watched(
     store = torch.distributed.distributed_c10d._get_default_store().clone()
     w = Watch(store, acc.process_index, acc.num_processes, patience, f'watch{len(_at_work)}')
     _at_work.append(w)
-    for f in (partial(_breathe, w), partial(_judge, w, os._exit)): threading.Thread(target=f, daemon=True).start()
+    threads = [threading.Thread(target=f, daemon=True) for f in (partial(_breathe, w), partial(_judge, w, os._exit))]
+    for t in threads: t.start()
     try:
         yield
         _farewell(w, 'done')
     except BaseException as e: _explain(w, e)
-    finally: w.over.set(), _at_work.append(None)
+    finally:
+        w.over.set(), _at_work.append(None)
+        for t in threads: t.join(5.)           # one that is inside the store when Python ends would abort the process
 
 # %% ../nbs/04_learning/20_watch.ipynb #ea58aa37
 def _explain(w, e):
