@@ -10,7 +10,7 @@ import argparse
 import copy
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
 import torch
@@ -60,7 +60,8 @@ class Setup:
         steps = self.steps if start == 'trained' else self.start
         cfg = METHODS[name].fitted(Situation(steps, self.batch, self.height, self.width, self.space.num_classes, self.images, start, self.net.endswith('_small')))
         tries = {k: v for k, v in self.tries if not k.startswith('start.')} if start == 'trained' else self.start_tries
-        return replace(cfg, **{k: type(getattr(cfg, k))(v) for k, v in tries.items() if hasattr(cfg, k)})
+        for name, value in tries.items(): cfg = changed(cfg, name.split('.'), value)
+        return at_rate(cfg, float(tries['rate'])) if 'rate' in tries else cfg
 
     @property
     def start_tries(self): return {k[6:]: v for k, v in self.tries if k.startswith('start.')}
@@ -69,6 +70,20 @@ class Setup:
 
     @property
     def about(self): return dict(net=self.net, space=space_to_dict(self.space))
+
+
+def changed(cfg, path, value):
+    "Settings with one value, given as text, at a dotted name; as they are where they have no such name."
+    name, *rest = path
+    if not hasattr(cfg, name): return cfg
+    old = getattr(cfg, name)
+    return replace(cfg, **{name: changed(old, rest, value) if rest else type(old)(value)})
+
+
+def at_rate(cfg, factor):
+    "Settings with all learning rates, also those of a method's stages, times a factor; the discriminators keep theirs."
+    new = {f.name: at_rate(getattr(cfg, f.name), factor) for f in fields(cfg) if is_dataclass(getattr(cfg, f.name))}
+    return replace(cfg, **new, **({'lr': factor*cfg.lr} if hasattr(cfg, 'lr') else {}))
 
 
 class Bench:
@@ -109,7 +124,10 @@ class Bench:
             yield f'{name}, AdaBN', adapt_statistics(net, data['target'])
         elif name == 'oracle': yield name, self.labelled(name, data['target'], net)
         elif name == 'adabn': yield name, adapt_statistics(net, data['target'])
-        elif name == 'iapc': yield name, self.train('iapc', 'iapc', net, self.settings('iapc'), target=data['target'])
+        elif name == 'iapc':
+            net = self.train('iapc', 'iapc', net, self.settings('iapc'), target=data['target'])
+            yield name, net
+            yield f'{name}, AdaBN', adapt_statistics(copy.deepcopy(net), data['target'])
         elif name in ('pbal', 'proda'): yield from self.staged(name)
         elif name == 'views': yield 'views of pbal', self.views(net)
         elif name == 'wdass': yield from self.wdass(net)
@@ -130,7 +148,7 @@ class Bench:
         return self.train('pbal', 'views', net, cfg, self.data['source'], self.data['target'], self.setup.length('views of pbal'), 'warm_up')
 
     def wdass(self, first):
-        for kind in KINDS:
+        for kind in (k for k in KINDS if not self.kinds or k in self.kinds):
             target = WeakLabels(self.data['target'], kind, seed=self.seed, least=20)
             net = self.train('wdass', f'wdass_{kind}', copy.deepcopy(first), replace(self.settings('wdass'), labels=kind), self.data['source'], target)
             yield f'wdass {kind}', net
@@ -209,8 +227,8 @@ def options(about, home):
     p.add_argument('--only', nargs='+', choices=STAGES, default=STAGES)
     p.add_argument('--no-write', action='store_true', help='leave the table as it is')
     p.add_argument('--tuning', action='store_true', help='score on the images for choosing settings; rows go to tuning.csv instead of the table')
-    p.add_argument('--try', dest='tries', nargs='+', default=[], metavar='SETTING=VALUE', help='with --tuning: values instead of those of the recipe, start.SETTING for the start, start.steps for its length')
-    p.add_argument('--kinds', nargs='+', help='of joint and mixteacher: only these kinds of label, e.g. none coarse 1-shot')
+    p.add_argument('--try', dest='tries', nargs='+', default=[], metavar='SETTING=VALUE', help='with --tuning: values instead of those of the recipe, rate=F for all learning rates times F, start.SETTING for the start, start.steps for its length')
+    p.add_argument('--kinds', nargs='+', help='of joint, mixteacher and wdass: only these kinds of label, e.g. none coarse 1-shot')
     return p
 
 

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['GREY', 'SOLARIZE', 'POSTERIZE', 'EQUALIZE', 'AUTOCONTRAST', 'INVERT', 'COLOR', 'CONTRAST', 'SHARPNESS', 'POLICIES',
-           'RANDAUGMENT_OPS', 'Op', 'apply_policy', 'policy_augment', 'shift_hue', 'jitter', 'turn', 'Warp',
-           'warp_batch', 'warp_maps', 'warp_labels', 'cutout', 'rand_augment']
+           'RANDAUGMENT_OPS', 'Op', 'apply_policy', 'policy_augment', 'shift_hue', 'jitter', 'jitter_at', 'turn',
+           'Warp', 'warp_batch', 'warp_maps', 'warp_labels', 'cutout', 'rand_augment']
 
 # %% ../nbs/01_data/06_colour.ipynb #3aac8101
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Callable
 import numpy as np
 import torch
@@ -137,6 +138,13 @@ def jitter(
     for change, v in ((_brightness, brightness), (_contrast, contrast), (_color, saturation)):
         picture = change(picture, rng.uniform(max(0, 1-v), 1+v))
     return _tensor(picture, image.device)
+
+# %% ../nbs/01_data/06_colour.ipynb #e0444295
+def jitter_at(
+    strength,  # 0..1: share of what `jitter` changes
+):             # (image, rng) -> image
+    "Weaker colours, from the same draws; 1 is PBAL's own."
+    return partial(jitter, **{k: strength*v for k,v in dict(hue=.2, brightness=.5, contrast=.5, saturation=.5).items()})
 
 # %% ../nbs/01_data/06_colour.ipynb #98735231
 def turn(

@@ -253,7 +253,7 @@ def named_support(
 # %% ../nbs/05_methods/02_dip.ipynb #dce33caa
 def _fitted(s:Situation):
     "Where the start is weaker than ImageNet's, the support images have more to teach, and nothing is frozen."
-    high,wide = crop(s, 1., 8, 1, 1025*1025)
+    high,wide = crop(s, most=1025*1025)
     weak = dict(lambda_support=1., freeze=()) if s.tiny else {}
     return replace(clean(), lr=learning_rate(s, .1), augment=Augment(crop_height=high, crop_width=wide), **weak)
 

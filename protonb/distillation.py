@@ -84,11 +84,12 @@ def input_of(
 # %% ../nbs/04_learning/16_distillation.ipynb #33e6c8c9
 def fitted_window(
     s:Situation,  # Of the run
+    plus:int=1,   # As in `crop`
 )->Window:
-    "A window that always fits, the smallest scaled image included (recipes of PBAL and ProDA)."
-    high,wide = crop(s, .83)
-    base = int(max(wide, high*s.width/s.height + 1)/.8) + 1
-    return Window(base_width=base, low=.8, high=1.3, crop_height=high, crop_width=wide, flip_p=.5)
+    "A window as large as the image, which is enlarged by up to 1.3 and never made smaller (recipes of PBAL and ProDA)."
+    high,wide = crop(s, plus=plus)
+    base = int(max(wide, high*s.width/s.height + 1)) + 1
+    return Window(base_width=base, low=1., high=1.3, crop_height=high, crop_width=wide, flip_p=.5)
 
 # %% ../nbs/04_learning/16_distillation.ipynb #4182a69b
 def check_windows(
@@ -97,7 +98,7 @@ def check_windows(
 ):
     "Refuse windows of any stage that do not fit an image or the grid, before the first step of the first."
     for window,grid in dict.fromkeys((part.window, getattr(part, 'shrink', 1)) for part in vars(settings).values()):
-        for data in datasets: check_fits(window, data, grid)
+        for data in datasets: check_fits(window, data, grid, (0, 1))
 
 # %% ../nbs/04_learning/16_distillation.ipynb #d830633a
 def distill_samples(
@@ -107,7 +108,7 @@ def distill_samples(
     seed=0,   # Seed of orders and windows
 ):            # position -> dict(source=(image, label), target=(image, label at a quarter))
     "Both streams side by side."
-    check_fits(cfg.window, [], cfg.shrink)
+    check_fits(cfg.window, [], cfg.shrink, (0, 1))
     strong = partial(rand_augment, legacy=cfg.legacy_warp)
     moved = pseudo_labelled(target, cfg.window, seed, strong=strong, shrink=cfg.shrink)
     return paired(source=labelled(source, cfg.window, seed), target=moved)

@@ -265,8 +265,8 @@ def _rules(cfg):
 # %% ../nbs/05_methods/03_iapc.ipynb #0d12ea39
 def _fitted(s:Situation):
     "Statistics of the target first; averages and warm-up as shares of the run; windows as shares of the image."
-    (H,W),(high,wide) = size(s),crop(s, .835, 1)
-    window = replace(IAPC_WINDOW, base_height=round(1.05*H), base_width=round(1.05*W), crop_height=high, crop_width=wide,
+    (H,W),(high,wide) = size(s),crop(s)
+    window = replace(IAPC_WINDOW, base_height=H, base_width=W, low=1., high=1.2, crop_height=high, crop_width=wide,
                      more_than=max(1, s.classes//2-1))
     return IAPC(lr=learning_rate(s, .0005), head_factor=1., warm=part(s, .05), length=s.length, ema=memory(s, .25), entropy=.1, adapt_bn=64,
                 rare_pixels=high*wide//32, scales=(1., 1.25, .75), test_height=None if (H, W) == (s.height, s.width) else H, window=window,

@@ -94,12 +94,12 @@ def train_jointly(
 def run_settings(
     s:Situation,  # Of the run
 )->dict:          # Settings: those of `rule_of`, warm, length, window
-    "A twentieth of the run to warm up, windows that fit."
-    high,wide = crop(s, .83, 8, 1)
-    window = Window(low=.8, high=1.3, crop_height=high, crop_width=wide, flip_p=.5, pad=True)
+    "A twentieth of the run to warm up, windows of an image's size."
+    high,wide = crop(s)
+    window = Window(low=1., high=1.3, crop_height=high, crop_width=wide, flip_p=.5, pad=True)
     return rule_of(s) | dict(warm=part(s, .05), length=s.length, window=window)
 
-def _fitted(s:Situation): return Joint(**run_settings(s))
+def _fitted(s:Situation): return Joint(colour=.1, **run_settings(s))
 
 # %% ../nbs/05_methods/08_joint.ipynb #5b446d6f
 #: The record

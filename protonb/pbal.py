@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 import torch
 from torch import Tensor, nn
-from .colour import jitter
+from .colour import jitter, jitter_at
 from .discriminators import SOURCE, class_map, discriminator_step, domain_loss, pbal_discriminator
 from .distillation import Distill, check_windows, first_round, fitted_window, next_round
 from .feeding import network_input, segmenter
@@ -171,7 +171,7 @@ def bpl(
     opt,sched = pbal_optimizer(net, cfg)
     opt_d = torch.optim.Adam(disc.parameters(), lr=cfg.lr_disc, betas=(.9, .99))
     net,disc,opt,opt_d = acc.prepare(net, disc, opt, opt_d)
-    make = paired(source=labelled(source, cfg.window, seed, colour=jitter), target=unlabelled(Unlabelled(target), cfg.window, seed))
+    make = paired(source=labelled(source, cfg.window, seed, colour=jitter_at(cfg.colour)), target=unlabelled(Unlabelled(target), cfg.window, seed))
     one = lambda batch: bpl_step(net, disc, opt, opt_d, sched, batch, cfg, acc.backward, sum_over(acc))
     parts = dict(net=net, disc=disc, opt=opt, opt_d=opt_d, sched=sched)
     return fit(one, feed(make, run, acc), parts, run, run_dir=run_dir, stage=stage, config=dict(config or {}, hyper=cfg),
@@ -219,7 +219,8 @@ def pst(
     net = for_processes(net, acc)
     opt,sched = pbal_optimizer(net, cfg, project.parameters() if project else ())
     net,opt,project = acc.prepare(net, opt, project)
-    make = paired(source=labelled(source, cfg.window, seed, colour=jitter), target=labelled(target, cfg.window, seed, 'target', jitter))
+    colours = jitter_at(cfg.colour)
+    make = paired(source=labelled(source, cfg.window, seed, colour=colours), target=labelled(target, cfg.window, seed, 'target', colours))
     parts = dict(net=net, opt=opt, sched=sched) | (dict(project=project) if project else {})
     one = lambda batch: pst_step(net, opt, sched, batch, cfg, acc.backward, sum_over(acc), project)
     return fit(one, feed(make, run, acc), parts, run, run_dir=run_dir, stage='pst', config=dict(config or {}, hyper=cfg),
@@ -235,6 +236,7 @@ class WarmUp:
     weight_decay:Weight = 2e-4    # L2 penalty on every tensor, batch norm and biases included
     power:Power = .9              # Power of the polynomial decay
     max_iter:Steps = 90_000       # Updates until the rate would be 0; the released run ends after 59,999
+    colour:Share = 1.             # Strength of the source's colour change: 1 as released, 0 none
     adversarial:Weight = .01      # Weight of fooling the discriminator; 0: none is trained
     align:Weight = 0.             # Weight of both alignment losses
     lr_disc:Rate = 1e-4           # Learning rate of the discriminator (Adam, betas .9 and .99)
@@ -258,6 +260,7 @@ class PST:
     weight_decay:Weight = 2e-4    # L2 penalty on every tensor
     power:Power = .9              # Power of the polynomial decay
     max_iter:Steps = 90_000       # Updates until the rate would be 0
+    colour:Share = 1.             # Strength of both domains' colour change: 1 as released, 0 none
     contrast:Weight = 1.          # Weight of the contrast terms of both domains
     tau:Factor = .07              # Temperature of the contrast
     reduction:Literal['all', 'valid'] = 'all'  # Its sum is divided by all pixels, or by those with a label
@@ -282,7 +285,7 @@ class PBAL:
 # %% ../nbs/05_methods/04_pbal.ipynb #4815bf3d
 def _fitted(s:Situation):
     "One rate for all stages, which go on from each other; the distillation counts per pixel instead of per pixel and class."
-    lr,window = learning_rate(s, .1),fitted_window(s)
+    lr,window = learning_rate(s, .02),fitted_window(s)
     every,adversary = dict(lr=lr, head_factor=1., max_iter=s.length, window=window),dict(disc_width=16 if s.tiny else 64)
     distill = Distill(lr=lr, head_factor=1., length=s.length, kd=float(s.classes), mean_std=True, window=window)
     return PBAL(WarmUp(**every, **adversary), BPL(**every, **adversary), PST(**every, flip=True), distill)

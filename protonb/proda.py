@@ -415,10 +415,10 @@ class ProDA:
 # %% ../nbs/05_methods/05_proda.ipynb #67f3f3b4
 def _fitted(s:Situation):
     "As PBAL's; an average and prototypes that move within the run; images as the network wants them."
-    every = dict(head_factor=1., length=s.length, mean_std=True, window=fitted_window(s))
-    slow = dict(ema=memory(s, .25), proto_momentum=memory(s, .25, s.batch), consistency=.1)
-    return ProDA(AdversarialWarmUp(lr=learning_rate(s, .05), freeze_bn=False, **every), Denoise(lr=learning_rate(s, .02), **every, **slow),
-                 Distill(lr=learning_rate(s, .1), kd=float(s.classes), **every))
+    every,window = dict(head_factor=1., length=s.length, mean_std=True),dict(window=fitted_window(s))
+    slow = dict(ema=memory(s, .25), proto_momentum=memory(s, .25, s.batch), consistency=.1, window=fitted_window(s, 0))
+    return ProDA(AdversarialWarmUp(lr=learning_rate(s, .02), freeze_bn=False, **every, **window),
+                 Denoise(lr=learning_rate(s, .02), **every, **slow), Distill(lr=learning_rate(s, .02), kd=float(s.classes), **every, **window))
 
 # %% ../nbs/05_methods/05_proda.ipynb #7e946a15
 def _warm_up(job):

@@ -75,12 +75,12 @@ def size(
 
 def crop(
     s:Situation,        # Of the run
-    share:float=.83,    # Of the image's sides
-    multiple:int=8,     # Sides are a multiple of this ...
-    plus:int=0,         # ... and so much
+    share:float=1.,     # Of the image's sides
+    multiple:int=8,     # Sides are a multiple of this: the network's grid ...
+    plus:int=1,         # ... and so much: cells and pixels meet in every corner
     most:int=1280*640,  # As in `size`
 )->tuple:               # (height, width)
-    "A window as a share of the image."
+    "A window as large as the image, or a share of it."
     return tuple(max(1, int(share*n-plus)//multiple)*multiple + plus for n in size(s, most))
 
 # %% ../nbs/04_learning/15_recipes.ipynb #c6b2a5b1

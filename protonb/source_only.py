@@ -90,7 +90,7 @@ def train(
 # %% ../nbs/05_methods/01_source_only.ipynb #3e37ea99
 def _fitted(s:Situation):
     "What the field trains with now: AdamW, a warm-up, strong colours; nearly whole images."
-    high,wide = crop(s, 1., 8, 1, 1025*1025)
+    high,wide = crop(s, most=1025*1025)
     return SourceOnly(**rule_of(s), warm=part(s, .05), colour=.25, augment=Augment(crop_height=high, crop_width=wide))
 
 # %% ../nbs/05_methods/01_source_only.ipynb #8da92b8f

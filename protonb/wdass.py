@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from .core import InputError, rng_for
 from .deeplabv2 import restart_heads
-from .feeding import Feed, network_input
+from .feeding import ENLARGE, Feed, network_input
 from .labels import IGNORE
 from .methods import Job, Method, accelerator_of, learn
 from .mixing import blur_batch, jitter_batch, jitter_of, mix_masks, paste
@@ -85,10 +85,11 @@ def step(
 def forward_with_features(
     net,       # Network with features
     images,    # (B,3,H,W) in 0..255
+    rule='centred',  # Where the corners lie when logits are enlarged, as in `Feed.enlarge`
 )->tuple:      # logits (B,K,h,w), logits (B,K,H,W), unit features (B,D,h,w)
     "Logits, small and at the size of the images, and features of length 1."
     z,f = net(network_input(net, images), features=True)
-    big = F.interpolate(z.float(), images.shape[2:], mode='bilinear', align_corners=False)
+    big = F.interpolate(z.float(), images.shape[2:], mode='bilinear', align_corners=rule == 'aligned')
     return z.float(), big, F.normalize(f.float(), dim=1)
 
 def confident(
@@ -129,7 +130,7 @@ def teacher_predictions(
     cfg,         # `WDASS`: contrast.sure, mix
 )->Predictions:
     "Labels and confidences of the target batch, and the weights of its pixels in a mix."
-    z,big,f = forward_with_features(teacher, images)
+    z,big,f = forward_with_features(teacher, images, cfg.enlarge)
     (cells,p),(labels,confidence) = confident(z),confident(big)
     given = weak != IGNORE
     weight = torch.maximum(mixing_weight(confidence, cfg.mix.threshold, cfg.mix.mask_rows), cfg.mix.weak_weight*given)
@@ -193,7 +194,7 @@ def target_terms(
     warm, generator,  # Whether image losses and contrast are still off; torch.Generator on the device
 )->tuple:        # dict of losses, features
     "Weak labels pixel by pixel, tags image by image (from logits and from similarities), and the contrast inside the target."
-    z,big,f = forward_with_features(net, images)
+    z,big,f = forward_with_features(net, images, cfg.enlarge)
     terms = {} if cfg.labels == 'image' else dict(target=pixel_loss(big, weak))
     if warm: return terms, f
     (cells,p),c = confident(z),cfg.contrast
@@ -213,7 +214,7 @@ def source_terms(
 )->tuple:        # dict of losses, features
     "True labels, outlines, the contrast inside the source, and the one that draws source cells to target prototypes."
     (images,y),c = batch,cfg.contrast
-    z,big,f = forward_with_features(net, images)
+    z,big,f = forward_with_features(net, images, cfg.enlarge)
     update_memory(memory, 'source', f.detach(), y, None, cfg, reduce)
     terms = dict(source=pixel_loss(big, y))
     if cfg.edge: terms['edge'] = edge_loss(big.contiguous(), y, generator, ignore=cfg.edge_ignore)
@@ -245,7 +246,7 @@ def mixed_terms(
     net, mixed,  # Student; images, labels, weights
 )->tuple:        # dict of losses, features
     "Cross-entropy of the mix."
-    _,big,f = forward_with_features(net, mixed[0])
+    _,big,f = forward_with_features(net, mixed[0], cfg.enlarge)
     return dict(mix=pixel_loss(big, *mixed[1:])), f
 
 def add_gradients(
@@ -372,20 +373,21 @@ class WDASS:
     source_height:Edge = 720      # Source images are first resized to this height (GTA5); 0: left as they are (SYNTHIA)
     source_width:Edge = 1280      # ... and width
     jitter:Tint = .25             # Strength of the colour change of every image, 0..0.5; 0: none
+    enlarge:Literal[ENLARGE] = 'centred'  # Where the corners lie when logits are enlarged, in training and at test time
 
     def agree(self): return _rules(self)  # What must hold
 
 # %% ../nbs/05_methods/06_wdass.ipynb #0d924774
 def _fitted(s:Situation):
-    "Windows that fit the images, a teacher that forgets within the run, confidences that a short run reaches."
-    high,wide = crop(s, .83)
-    window = replace(WDASS_TARGET_WINDOW, base_height=0, base_width=0, low=.8, high=1.3, crop_height=high, crop_width=wide)
+    "Windows of an image's size, a teacher that forgets within the run, confidences that a short run reaches."
+    high,wide = crop(s)
+    window = replace(WDASS_TARGET_WINDOW, base_height=0, base_width=0, low=1., high=1.3, crop_height=high, crop_width=wide)
     return WDASS(warm=part(s, .125), alpha=memory(s, .25), edge=1., lr=learning_rate(s, .03), head_factor=1., rampup=part(s, .05),
-                 length=s.length, window=window, source_height=0, source_width=0, jitter=.1,
+                 length=s.length, window=window, source_height=0, source_width=0, jitter=.1, enlarge='aligned', image_label_scope='image',
                  contrast=Contrasts(sure=.8, easy=.8), mix=Mix(threshold=.8, mask_rows=(0, 0)))
 
 METHOD = Method(
     'wdass', 'Adapt with WDASS and weak labels of the target: tags, points or coarse masks.', WDASS, (('wdass', adapt_weakly),),
-    net='wdass_resnet101', target='weak', steps=150_000, feed=lambda cfg: Feed(enlarge='centred'),
+    net='wdass_resnet101', target='weak', steps=150_000, feed=lambda cfg: Feed(enlarge=cfg.enlarge),
     often=('labels', 'lr', 'warm', 'alpha', 'edge', 'contrast.sure', 'mix.threshold', 'window.crop_height', 'window.crop_width'),
     fitted=_fitted)  # The record

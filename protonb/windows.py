@@ -301,13 +301,14 @@ def check_fits(
     window,    # `Window`, or DIP's `Augment`, which pads
     dataset,   # Images
     stride=1,  # The sides of the window have to be multiples of it: the network's grid
-    plus=0,    # ... and so much more: 1 for DIP's 8n+1
+    plus=0,    # ... and so much more: 1 for DIP's 8n+1, (0, 1) where either will do
 ):             # The window
     "Refuse a window that does not fit an image of the data set or the grid, by name and before the first step."
+    more = plus if isinstance(plus, tuple) else (plus,)
     for side in ('crop_height', 'crop_width'):
-        if (n := getattr(window, side)) and (n-plus)%stride:
-            raise InputError(f'{side} is {n}; expected a multiple of {stride}{f" plus {plus}" if plus else ""}, '
-                             f'for example {max(1, (n-plus)//stride)*stride+plus}')
+        if (n := getattr(window, side)) and all((n-m)%stride for m in more):
+            rest = f' plus {" or ".join(map(str, more))}' if any(more) else ''
+            raise InputError(f'{side} is {n}; expected a multiple of {stride}{rest}, for example {max(1, (n-more[0])//stride)*stride+more[0]}')
     pads = isinstance(window, Augment) or window.pad
     if pads: _not_all_frame(window, dataset)
     if pads or window.base_height or not (window.crop_height or window.crop_width): return window
