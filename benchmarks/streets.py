@@ -242,7 +242,7 @@ def with_tries(setup, args):
 def main():
     args, size = options(__doc__, 'streets').parse_args(), (Setup.height, Setup.width)
     data = dict(source=Streets(SYNTHETIC, 300, size=size, seed=0), target=Streets(REAL, 200, size=size, seed=1),
-                val=Streets(REAL, 60, size=size, seed=7 if args.tuning else 2))
+                val=Streets(REAL, 60, size=size, seed=7) if args.tuning else Streets(REAL, 100, size=size, seed=11))
     path, command = None if args.no_write or args.tuning else RESULTS, 'python benchmarks/streets.py' + ' --tuning'*args.tuning
     setup = with_tries(Setup(), args)
     table([row for seed in args.seeds for row in fill(Bench(args.out, seed, data, setup, args.kinds), args.only, command, path)])

@@ -76,7 +76,7 @@ def step(
     with held(student, acc):
         log = add_gradients(target_terms(student, memory, x, weak, tags, cfg, warm, generator), cfg, backward)
         log |= add_gradients(source_terms(student, memory, source, weak, predictions, cfg, warm, generator, reduce), cfg, backward)
-    log |= add_gradients(mixed_terms(student, mixed_batch(source, x, predictions, cfg, rng, generator)), cfg, backward)
+    log |= add_gradients(mixed_terms(student, mixed_batch(source, x, predictions, cfg, rng, generator), cfg.enlarge), cfg, backward)
     opt.step()
     sched.step()
     return log | dict(sure=(predictions.weight > 0).float().mean())
@@ -243,10 +243,11 @@ def mixed_batch(
 
 # %% ../nbs/05_methods/06_wdass.ipynb #a22ab4c1
 def mixed_terms(
-    net, mixed,  # Student; images, labels, weights
-)->tuple:        # dict of losses, features
+    net, mixed,      # Student; images, labels, weights
+    rule='centred',  # As in `forward_with_features`
+)->tuple:            # dict of losses, features
     "Cross-entropy of the mix."
-    _,big,f = forward_with_features(net, mixed[0], cfg.enlarge)
+    _,big,f = forward_with_features(net, mixed[0], rule)
     return dict(mix=pixel_loss(big, *mixed[1:])), f
 
 def add_gradients(
