@@ -15,7 +15,7 @@ import numpy as np, torch
 import torch.nn.functional as F
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
-from .core import InputError, atomic_path
+from .core import InputError, atomic_path, sweep
 from .files import read_image
 from .labels import CITYSCAPES_IDS, SPACES, ClassSpace, colorize
 
@@ -355,7 +355,7 @@ def _write(paths, pictures, stamp):
     info.add_text('protonb', stamp)
     for kind, im in pictures.items():
         try:
-            with atomic_path(paths[kind]) as p: im.save(p, compress_level=4, pnginfo=info)
+            with atomic_path(paths[kind], many=True) as p: im.save(p, compress_level=4, pnginfo=info)
         except OSError as e: raise InputError(f'{paths[kind]}: cannot be written ({e.strerror or e}); give a folder that can') from e
 
 def _image_id(image):
@@ -428,6 +428,7 @@ def predict_files(
 )->dict:             # Numbers of images: written, skipped; others where some have pictures of another mark, in other formats, beside them
     "Write `<name>_trainIds.png`, `<name>_color.png` and `<name>_overlay.png`, or what `formats` names, for every image."
     if 'labelIds' in formats: label_ids(space)
+    sweep(out_dir, '*.png', deep=True)
     done, waiting, bar = dict(written=0, skipped=0), [], tqdm(items, desc='predicting', disable=not progress, leave=False)
     try:
         for job in _jobs(bar, out_dir, formats, f'{mark} {overlay:g}', overwrite, done, damaged):

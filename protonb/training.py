@@ -195,7 +195,7 @@ def checkpoint_info(
             if (got := (path/name).stat().st_size) != size: raise ValueError(f'{name} has {got} bytes, not {size}')
     except OSError as e:
         raise InputError(f'{path}: not a whole checkpoint ({Path(e.filename).name}: {e.strerror})') from e
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise InputError(f'{path}: not a whole checkpoint ({e})') from e
     return info
 
@@ -285,7 +285,11 @@ def newest_states(
     "The newest checkpoint that is whole to the bit; a damaged one is named, and the one before it taken."
     found = checkpoints(run_dir, stage)
     for t, path in reversed(found):
-        try: return t, path, read_states(path, names)
+        try:
+            info = checkpoint_info(path)
+            own = info.get('stage', stage), info.get('step', t)
+            if own != (stage, t): raise InputError(f'{path}: holds step {own[1]} of stage {own[0]}, whatever its name says')
+            return t, path, read_states(path, names)
         except InputError as e: warnings.warn(f'{e}; going back to the one before')
     if found: raise InputError(f'{Path(run_dir, "checkpoints")}: none of stage {stage} is whole; delete them to start over')
 
@@ -295,13 +299,14 @@ def read_rows(
 )->list:     # One dict name -> text per whole row
     "Rows of a csv file; a last line that was cut short by a kill is left out."
     if not Path(path).exists(): return []
-    try: text = Path(path).read_text()
-    except UnicodeDecodeError as e: raise InputError(f'{path}: damaged ({e}); delete it to go on with new curves') from e
-    rows = list(csv.reader(io.StringIO(text[:text.rfind('\n')+1])))
+    try:
+        text = Path(path).read_text()
+        rows = list(csv.reader(io.StringIO(text[:text.rfind('\n')+1])))
+    except (UnicodeDecodeError, csv.Error) as e: raise InputError(f'{path}: damaged ({e}); delete it to go on with new curves') from e
     if rows and rows[0][:2] != ['stage', 'step']:
         raise InputError(f'{path}: its first line is {",".join(rows[0])!r}, but a log begins with stage,step')
     rows = [dict(zip(rows[0], r)) for r in rows[1:] if len(r) == len(rows[0])]
-    if odd := [r for r in rows if not r['step'].isdecimal() or not all(map(_number, list(r.values())[2:]))]:
+    if odd := [r for r in rows if not r['step'].isdecimal() or len(r['step']) > 15 or not all(map(_number, list(r.values())[2:]))]:
         raise InputError(f'{path}: damaged, one row says {",".join(odd[0].values())[:80]!r}; delete it to go on with new curves')
     return rows
 
@@ -628,10 +633,13 @@ def _tidy(run):
     for p in old[:-run.cfg.keep]: shutil.rmtree(p, ignore_errors=True)
 
 # %% ../nbs/04_learning/02_training.ipynb #730bc9c8
-def _resume(run):
+def _resume(run, settings):
     "Go back to the newest whole checkpoint, if there is one, and cut the csv files to it."
     if newest := newest_states(run.dir, run.stage):
         run.done, path, states = newest
+        info = checkpoint_info(path)
+        if differ := changes(grown(info, settings), run.meta) if 'config' in info else ():
+            raise InputError(f'{path}: is of a run with other settings ({", ".join(differ)[:300]}); take it away, or give another run folder')
         loop = states.pop('loop')
         if set(states) != set(run.parts):
             raise InputError(f'{path}: holds the parts {", ".join(states)}, but this run has {", ".join(run.parts)}')
@@ -664,11 +672,12 @@ def _open_run(cfg, parts, acc, run_dir, stage, config):
     meta = dict(train=asdict(cfg), config=_plain(config), effective_batch=math.prod(batch.values()), batch=batch,
                 versions=versions(acc))
     run = _Run(cfg, parts, acc, Path(run_dir), stage, meta)
-    known = _check_config(run.dir/'config.json', stage, meta, dict(train=cfg, config=config))
+    settings = dict(train=cfg, config=config)
+    known = _check_config(run.dir/'config.json', stage, meta, settings)
     acc.wait_for_everyone()
     if acc.is_main_process:
         with atomic_path(run.dir/'config.json') as p: _write_json(p, known)
-    _resume(run)
+    _resume(run, settings)
     if acc.is_main_process: _tidy(run)
     if cfg.skip_nonfinite: _skip(run)
     acc.wait_for_everyone()

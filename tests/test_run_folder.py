@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from protonb import core, training as T
 from protonb.cli import main
 from protonb.core import InputError, atomic_path
 from protonb.prototypes import load_prototypes
-from protonb.runs import open_run
+from protonb.runs import open_run, read_scores, save_scores
 from protonb.training import Train, fit
 
 SOURCE, TARGET = "streets:synthetic,count=4,size=64x128", "streets:real,count=4,size=64x128"
@@ -232,7 +233,9 @@ def test_checkpoints_of_before_have_no_checksums_and_load(run, tmp_path):
 
 
 @pytest.mark.parametrize("name, text, args", [
-    ("scores.json", "[]", ["info", "R"]), ("scores.json", '{"a": {"cm": 3, "absent": "zero"}}', ["info", "R"]), ("scores.json", "\x00", ["eval", "R", "--data", TARGET]),
+    ("scores.json", "[]", ["info", "R"]), ("scores.json", '{"a": {"of": 3}}', ["info", "R"]), ("scores.json", "["*100_000, ["eval", "R", "--data", TARGET]),
+    ("metrics.csv", f"stage,step,loss\nsource_only,1,{'9'*200_000}\n", ["train"]), ("metrics.csv", f"stage,step,loss\nsource_only,{'9'*5000},1\n", ["train"]),
+    ("scores.json", '{"a": {"cm": 3, "absent": "zero"}}', ["info", "R"]), ("scores.json", "\x00", ["eval", "R", "--data", TARGET]),
     ("metrics.csv", "stage,step,loss\nsource_only,1.5,3\n", ["report", "R", "--data", TARGET, "--out", "x.html"]),
     ("metrics.csv", "stage,step,loss\nsource_only,1,three\n", ["train"]), ("timing.csv", "\xff\xfe", ["train"])])
 def test_damaged_files_are_named(run, name, text, args, tmp_path, capsys):
@@ -254,12 +257,63 @@ def test_a_config_that_is_not_the_checkpoints(run, change, told, tmp_path, capsy
     fails(["eval", tmp_path / "r", "--data", TARGET], capsys, path, told)
 
 
+@pytest.mark.parametrize("change, told", [
+    (lambda e: e.update(versions=None), "not the config.json of a run"), (lambda e: e.update(batch=[1]), "not the config.json of a run"),
+    (lambda e: e["config"].update(net=["pbal_small"]), "its network is ['pbal_small']"),
+    (lambda e: e["config"].update(options=dict(deep=True)), "the options of its network are {'deep': True}")])
+def test_a_config_with_odd_entries_is_named(run, change, told, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "r")
+    path = tmp_path / "r" / "config.json"
+    stages = json.loads(path.read_text())
+    change(stages["source_only"])
+    path.write_text(json.dumps(stages))
+    fails(words(tmp_path / "new", "--weights", tmp_path / "r"), capsys, path, told)
+    fails(["info", tmp_path / "r"], capsys, path)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_made_by_hand_says_what_it_lacks(tmp_path, capsys):
+    go(tmp_path, config=dict(net="pbal_small"))
+    fails(["info", tmp_path], capsys, tmp_path / "config.json", "its class space is damaged")
+
+
+def test_a_checkpoint_nested_without_end_is_passed_over(run, tmp_path):
+    shutil.copytree(run, tmp_path / "r")
+    (tmp_path / "r" / "checkpoints" / "source_only-0000006" / "checkpoint.json").write_text("["*100_000)
+    with pytest.warns(UserWarning, match="going back"): assert open_run(tmp_path / "r").step == 4
+
+
+def test_scores_of_several_at_once_are_all_kept(run, tmp_path):
+    shutil.copytree(run, tmp_path / "r")
+    (scores,) = read_scores(tmp_path / "r").values()
+    with ThreadPoolExecutor(8) as pool: list(pool.map(lambda i: save_scores(tmp_path / "r", f"data {i}", scores), range(16)))
+    assert len(read_scores(tmp_path / "r")) == 17 and not (tmp_path / "r" / ".scores.lock").exists()
+
+
 def test_leftovers_and_surplus_checkpoints_go_at_the_next_start(tmp_path):
     go(tmp_path, replace(CFG, keep=4))
     assert there(tmp_path) == [f"train-000000{t}" for t in (2, 4, 6, 8)]
+    living = core._scratch(tmp_path / "scores.json")                          # somebody else is writing this one
     for left in (".metrics.csv.1.tmp", "checkpoints/.train-0000008.2.tmp", "pseudo/.a.png.3.tmp"): (tmp_path / left / "x").mkdir(parents=True)
     go(tmp_path, replace(CFG, keep=1))
-    assert there(tmp_path) == ["train-0000008"] and not list(tmp_path.rglob("*.tmp"))
+    assert there(tmp_path) == ["train-0000008"] and list(tmp_path.rglob("*.tmp")) == [living[0]]
+    os.close(living[1])
+
+
+def test_a_folder_that_was_being_replaced_is_still_there(tmp_path):
+    """Killed or stopped between the two renames: the old one comes back, whatever it is called."""
+    for name in ("best", "old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").write_text("whole")
+        with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / name) as p:
+            os.replace(tmp_path / name, p.with_name(f"{name}.before"))
+            raise KeyboardInterrupt
+        assert (tmp_path / name / "a").read_text() == "whole"
+        (tmp_path / f".{name}.12345678.tmp").mkdir()
+        os.replace(tmp_path / name, tmp_path / f".{name}.12345678.tmp" / f"{name}.before")
+        with atomic_path(tmp_path / name) as p: (p.mkdir(), (p / "b").touch())
+        assert [q.name for q in (tmp_path / name).iterdir()] == ["b"]
+    assert sorted(q.name for q in tmp_path.iterdir()) == ["best", "old"]
 
 
 # ---- numbers
@@ -391,7 +445,7 @@ def test_an_error_without_a_file_gets_one(tmp_path):
 
 
 @pytest.mark.parametrize("change", [lambda t: t.update(matrix=t["matrix"][:, :1].squeeze(1)), lambda t: t.update(counts=t["counts"][:3]),
-                                    lambda t: t["matrix"].view(-1)[:1].fill_(float("nan"))])
+                                    lambda t: t["matrix"].view(-1)[:1].fill_(float("nan")), lambda t: t.update(matrix=t["matrix"].long())])
 def test_prototypes_are_looked_at(change, tmp_path):
     from protonb.weights import save_weights
     state = dict(matrix=torch.ones(4, 2), counts=torch.ones(4))
@@ -400,6 +454,13 @@ def test_prototypes_are_looked_at(change, tmp_path):
     change(state)
     save_weights(tmp_path / "p.safetensors", state, dict(classes=list("abcd")))
     with pytest.raises(InputError, match="p.safetensors: damaged"): load_prototypes(tmp_path / "p.safetensors")
+
+
+@pytest.mark.parametrize("classes", [4, None, [1, 2, 3, 4], "abcd"])
+def test_the_note_of_prototypes_is_looked_at(classes, tmp_path):
+    from protonb.weights import save_weights
+    save_weights(tmp_path / "p.safetensors", dict(matrix=torch.ones(4, 2), counts=torch.ones(4)), dict(classes=classes))
+    with pytest.raises(InputError, match="p.safetensors: its note is damaged"): load_prototypes(tmp_path / "p.safetensors")
 
 
 # ---- files beside the checkpoints
@@ -439,6 +500,7 @@ def test_a_damaged_histogram_is_named_and_made_anew(key, value, tmp_path):
     path.unlink()
     (tmp_path / ".counts").mkdir(exist_ok=True)
     (tmp_path / ".counts" / f"{data.names[0]}.npy").write_bytes(b"half a not")          # what a kill left
+    (tmp_path / ".counts" / f"{data.names[1]}.npy").write_bytes(b"PK\x03\x04 is no archive")
     write_labels(segment, data, tmp_path, data.space, progress=False, network="a")
     assert path.read_bytes() == want
 
