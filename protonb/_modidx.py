@@ -1899,6 +1899,7 @@ d = { 'settings': { 'branch': 'main',
                                  'protonb.windows.three_views': ('04_learning/windows.html#three_views', 'protonb/windows.py'),
                                  'protonb.windows.to_base': ('04_learning/windows.html#to_base', 'protonb/windows.py'),
                                  'protonb.windows.view_rows': ('04_learning/windows.html#view_rows', 'protonb/windows.py')},
-            'protonb.words': { 'protonb.words.one_line': ('07_shell/words.html#one_line', 'protonb/words.py'),
+            'protonb.words': { 'protonb.words.no_empty_path': ('07_shell/words.html#no_empty_path', 'protonb/words.py'),
+                               'protonb.words.one_line': ('07_shell/words.html#one_line', 'protonb/words.py'),
                                'protonb.words.option_kinds': ('07_shell/words.html#option_kinds', 'protonb/words.py'),
                                'protonb.words.read_words': ('07_shell/words.html#read_words', 'protonb/words.py')}}}

@@ -28,7 +28,8 @@ def read_stages(
         raise InputError(f'{path}: is lost, but there are checkpoints; {way_out}') from None
     except (OSError, ValueError, RecursionError) as e: raise InputError(f'{path}: not the config.json of a run ({e}); {way_out}') from e
     right = lambda m,known,other: all(isinstance(m.get(k, other), kind) for k,kind in known.items())
-    whole = lambda m: isinstance(m, dict) and right(m, _PARTS, ...) and right(m, _MORE, {})
+    named = lambda m: isinstance((m['config'] or {}).get('method', ''), str)
+    whole = lambda m: isinstance(m, dict) and right(m, _PARTS, ...) and right(m, _MORE, {}) and named(m)
     odd = [] if isinstance(stages, dict) else ['no stages']
     odd += [f'{s!r} is no stage' for s,m in stages.items() if not whole(m)] if not odd else []
     if odd: raise InputError(f'{path}: not the config.json of a run ({odd[0]}); {way_out}')

@@ -28,7 +28,7 @@ from .labels import CAMVID, CITYSCAPES, CITYSCAPES13, CITYSCAPES16, ClassSpace
 from .prototypes import load_prototypes
 from .teachers import adapt_statistics
 from .start import STOPPED
-from .training import Diverged, changes, checkpoint_info, newest_states, seed_everything
+from .training import Diverged, changes, checkpoint_info, checkpoints, newest_states, seed_everything
 from .weights import first_of, read_file, state_id, unusable
 
 # %% ../nbs/07_shell/01_runs.ipynb #f4dc290d
@@ -83,6 +83,7 @@ def build_net(
     "A network by name, started from random values or from a file."
     if name not in NETWORKS: raise InputError(f'net is {name!r}; expected one of {", ".join(NETWORKS)}')
     if num_classes is None and name in ADAPTABLE: raise InputError(f'net is {name!r}; DIP needs one of {", ".join(DIP_NETWORKS)}')
+    if entry and weights is None: raise InputError(f'--entry {entry}: is a place in a weight file; expected --weights beside it')
     seed_everything(seed, 'init')
     options = options or {}
     if weights is None: return NETWORKS[name](num_classes=num_classes, **options)
@@ -138,12 +139,12 @@ class Run:
 # %% ../nbs/07_shell/01_runs.ipynb #9644e34c
 def read_config(
     run_dir,     # Folder of a run
-    stage=None,  # Stage to read; the newest when left out
+    stage=None,  # Stage to read; the newest that has a checkpoint when left out
 )->tuple:        # stage name, its entry of config.json
     "A stage of a run and its settings."
     path,stages = Path(run_dir)/'config.json',read_stages(run_dir)
     if not stages: raise InputError(f'{run_dir}: not a run folder, it has no config.json; give the --out folder of `protonb train`')
-    stage = stage or list(stages)[-1]
+    stage = stage or next((s for s in reversed(stages) if checkpoints(run_dir, s)), list(stages)[-1])
     if stage not in stages: raise InputError(f'{path}: has no stage {stage!r}; it holds {", ".join(stages) or "none"}')
     net = (stages[stage].get('config') or {}).get('net')
     if not isinstance(net, str) or net not in NETWORKS:
@@ -186,6 +187,8 @@ def open_run(
     fill_whole(net, states['net'], path)
     feed = Feed.from_dict(config['feed']) if 'feed' in config else feed_of_old(stage, config)
     run = Run(run_dir, stage, config, step, space, net.to(device).eval(), feed, None, None)
+    if prototypes and not (bare and Path(prototypes).is_file()):
+        raise InputError(f'--prototypes {prototypes}: {"no such file" if bare else f"the network of {run_dir} has a classifier and needs none"}')
     if bare: use_prototypes(run, prototypes or run_dir/'prototypes.safetensors')
     else: run.segment = segmenter(net, feed)
     return run

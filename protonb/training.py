@@ -190,6 +190,7 @@ def checkpoint_info(
         info = json.loads((path/'checkpoint.json').read_text())
         own = info.pop('own_sha256', None)          # older ones have none
         odd = own not in (None, _digest(info)) or not isinstance(info.get('step', 0), int) or not isinstance(info['parts'], list)
+        odd = odd or not isinstance(info.get('time', 0), (int, float))
         if odd: raise ValueError('checkpoint.json is damaged')
         for name, size in info['bytes'].items():
             if (got := (path/name).stat().st_size) != size: raise ValueError(f'{name} has {got} bytes, not {size}')
@@ -330,7 +331,9 @@ def append_row(
 ):
     "Add one row; only a row with a new name makes the file be written anew."
     row = {k: f'{v:.9g}' if isinstance(v, float) else str(v) for k, v in row.items()}
-    head = next(csv.reader([open(path).readline()]), []) if Path(path).exists() else []
+    head = []
+    if Path(path).exists():
+        with open(path) as f: head = next(csv.reader([f.readline()]), [])
     if not set(row) <= set(head): return write_rows(path, [*read_rows(path), row])
     with naming(path), open(path, 'a', newline='') as f: csv.DictWriter(f, head, restval='', lineterminator='\n').writerow(row)
 
@@ -640,8 +643,8 @@ def _resume(run, settings):
         info = checkpoint_info(path)
         if differ := changes(grown(info, settings), run.meta) if 'config' in info else ():
             raise InputError(f'{path}: is of a run with other settings ({", ".join(differ)[:300]}); take it away, or give another run folder')
-        loop = states.pop('loop')
-        if set(states) != set(run.parts):
+        loop = states.pop('loop', None)
+        if loop is None or set(states) != set(run.parts):
             raise InputError(f'{path}: holds the parts {", ".join(states)}, but this run has {", ".join(run.parts)}')
         _load_states(path, run.parts, states)
         run.kept, run.skipped = loop['kept'], loop.get('skipped', 0)

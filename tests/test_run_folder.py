@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from protonb import core, training as T
@@ -190,6 +191,25 @@ def test_settings_that_reached_no_checkpoint_may_be_put_right(tmp_path):
     with pytest.raises(InputError, match="config.lr 2 -> 3"): go(tmp_path, config=dict(lr=3))
 
 
+def test_an_empty_path_is_no_folder(tmp_path, capsys, monkeypatch):
+    """`--out "$OUT"` of a variable that is not set."""
+    monkeypatch.chdir(tmp_path)
+    fails(words(""), capsys, "--out is empty")
+    fails([*words("r"), "--weights="], capsys, "--weights is empty")
+    fails(["predict", "", "photos", "--out", "p"], capsys, "run is empty")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_device_is_no_weight_file(tmp_path, capsys):
+    fails(words(tmp_path / "r", "--weights", "/dev/zero"), capsys, "/dev/zero: is a device")
+    fails(["eval", "/dev/zero", "--data", TARGET], capsys, "/dev/zero: is a device")
+
+
+@pytest.mark.parametrize("more", ["count=2,count=3", "size=64x128,size=128x64"])
+def test_what_is_said_twice_of_a_data_set(more, tmp_path, capsys):
+    fails([*words(tmp_path / "r"), "--source", f"streets:synthetic,{more}"], capsys, "is said twice")
+
+
 # ---- damage
 
 @pytest.fixture(scope="module")
@@ -199,6 +219,11 @@ def run(tmp_path_factory):
     assert main(words(home / "r", "--steps", "6", "--checkpoint-every", "2", "--keep", "3")) == 0
     assert main(["eval", str(home / "r"), "--data", TARGET]) == 0
     return home / "r"
+
+
+def test_options_that_would_do_nothing_are_refused(run, tmp_path, capsys):
+    fails(words(tmp_path / "r", "--entry", "teacher"), capsys, "--entry teacher", "expected --weights")
+    fails(["eval", run, "--data", TARGET, "--prototypes", "p.pth"], capsys, "--prototypes p.pth", "needs none")
 
 
 @pytest.mark.parametrize("file", ["net.safetensors", "opt.safetensors", "loop.safetensors", "state.json", "checkpoint.json"])
@@ -259,6 +284,7 @@ def test_a_config_that_is_not_the_checkpoints(run, change, told, tmp_path, capsy
 
 @pytest.mark.parametrize("change, told", [
     (lambda e: e.update(versions=None), "not the config.json of a run"), (lambda e: e.update(batch=[1]), "not the config.json of a run"),
+    (lambda e: e["config"].update(method=["source-only"]), "not the config.json of a run"),
     (lambda e: e["config"].update(net=["pbal_small"]), "its network is ['pbal_small']"),
     (lambda e: e["config"].update(options=dict(deep=True)), "the options of its network are {'deep': True}")])
 def test_a_config_with_odd_entries_is_named(run, change, told, tmp_path, capsys):
@@ -275,6 +301,30 @@ def test_a_config_with_odd_entries_is_named(run, change, told, tmp_path, capsys)
 def test_a_run_made_by_hand_says_what_it_lacks(tmp_path, capsys):
     go(tmp_path, config=dict(net="pbal_small"))
     fails(["info", tmp_path], capsys, tmp_path / "config.json", "its class space is damaged")
+
+
+def test_a_stage_that_has_begun_hides_none_that_has_ended(run, tmp_path):
+    shutil.copytree(run, tmp_path / "r")
+    path = tmp_path / "r" / "config.json"
+    path.write_text(json.dumps((stages := json.loads(path.read_text())) | dict(later=stages["source_only"])))
+    assert (open_run(tmp_path / "r").method, open_run(tmp_path / "r").step) == ("source_only", 6)
+
+
+@pytest.mark.parametrize("change, told", [(lambda info: info.update(parts=["net", "opt", "sched"]), "holds the parts"), (lambda info: info["train"].update(seed=5), "train.seed 5 -> 0")])
+def test_checkpoints_of_another_run_are_not_gone_on_with(run, change, told, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "r")
+    for path in (tmp_path / "r" / "checkpoints").glob("*/checkpoint.json"):
+        info = json.loads(path.read_text())
+        del info["own_sha256"]
+        change(info)
+        path.write_text(json.dumps(info))
+    fails(words(tmp_path / "r", "--steps", "6", "--checkpoint-every", "2", "--keep", "3"), capsys, "source_only-0000006", told)
+
+
+def test_a_checkpoint_under_another_name_is_passed_over(run, tmp_path):
+    shutil.copytree(run, tmp_path / "r")
+    (tmp_path / "r" / "checkpoints" / "source_only-0000006").rename(tmp_path / "r" / "checkpoints" / "source_only-0000009")
+    with pytest.warns(UserWarning, match="holds step 6 of stage source_only, whatever its name says"): assert open_run(tmp_path / "r").step == 4
 
 
 def test_a_checkpoint_nested_without_end_is_passed_over(run, tmp_path):
@@ -373,6 +423,18 @@ def test_a_network_that_is_nan_is_not_scored(run, tmp_path, capsys):
     fails(["eval", tmp_path / "r", "--data", TARGET], capsys, "source_only-0000006", "holds NaN")
     fails(words(tmp_path / "s", "--weights", tmp_path / "r"), capsys, "holds NaN")
     assert not (tmp_path / "s").exists()
+
+
+def test_a_network_whose_numbers_grow_beyond_all_bounds_is_not_scored(run, tmp_path, capsys):
+    """Each weight is finite, what comes out is not."""
+    state = {k: v*1e20 if v.is_floating_point() else v for k, v in open_run(run).net.state_dict().items()}
+    save_file(state, tmp_path / "w.safetensors")
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (64, 48), (90, 30, 60)).save(tmp_path / "photos" / "a.png")
+    file = [tmp_path / "w.safetensors", "--net", "pbal_small"]
+    for args in (["eval", *file, "--data", TARGET], ["validate", *file, "--data", TARGET], ["report", *file, "--data", TARGET, "--out", tmp_path / "p.html"],
+                 ["predict", file[0], tmp_path / "photos", *file[1:], "--out", tmp_path / "p"]): fails(args, capsys, "the network gives NaN")
+    assert not (tmp_path / "p.html").exists() and not list((tmp_path / "p").glob("*"))
 
 
 # ---- disks
