@@ -45,7 +45,7 @@ def _close(mark):
     if mark is not None: os.close(mark)
 
 def _marked(folder):
-    "A descriptor that marks a folder until it is closed or its process ends; a `BlockingIOError` where another one has it, None without such marks."
+    "A descriptor that marks a folder until it is closed or its process ends; `BlockingIOError` where another has it, None without marks."
     if fcntl is None: return None
     fd = os.open(folder, os.O_RDONLY)
     try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

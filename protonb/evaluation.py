@@ -375,6 +375,7 @@ def _file_of(stamp):
 
 def _jobs(items, out_dir, formats, mark, overwrite, done, damaged):
     "(paths, stamp, image) of what is to be predicted; counts what is there, notes what cannot be read."
+    sweep(out_dir, '*.png', deep=True)
     for name, image in items:
         file = Path(image).name if isinstance(image, (str, Path)) else ''
         paths, stamp = output_paths(out_dir, name, formats), f'{mark} {_image_id(image)} {json.dumps(file)}'
@@ -432,7 +433,6 @@ def predict_files(
 )->dict:             # Numbers of images: written, skipped; others where some have pictures of another mark, in other formats, beside them
     "Write `<name>_trainIds.png`, `<name>_color.png` and `<name>_overlay.png`, or what `formats` names, for every image."
     if 'labelIds' in formats: label_ids(space)
-    sweep(out_dir, '*.png', deep=True)
     done, waiting, bar = dict(written=0, skipped=0), [], tqdm(items, desc='predicting', disable=not progress, leave=False)
     try:
         for job in _jobs(bar, out_dir, formats, f'{mark} {overlay:g}', overwrite, done, damaged):

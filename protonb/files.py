@@ -42,7 +42,8 @@ def _checksums(data):
 def _bytes(path, what):
     "The bytes of a file, or a sentence; a device may have no end."
     try:
-        if (kind := os.stat(path).st_mode) and (stat.S_ISCHR(kind) or stat.S_ISBLK(kind)): raise InputError(f'{path}: is a device, expected {what}')
+        kind = os.stat(path).st_mode
+        if stat.S_ISCHR(kind) or stat.S_ISBLK(kind): raise InputError(f'{path}: is a device, expected {what}')
         return Path(path).read_bytes()
     except FileNotFoundError: raise InputError(f'{path}: no such file, expected {what}') from None
     except IsADirectoryError: raise InputError(f'{path}: is a folder, expected {what}') from None

@@ -332,7 +332,7 @@ def _fold(ledger):
         name = path.relative_to(ledger.notes).as_posix()[:-4]
         if name in ledger.names or not _finished(ledger.path.parent, name): continue
         try: ledger.hist.counts.view(-1).index_add_(0, *torch.from_numpy(np.load(path)))
-        except (OSError, ValueError, EOFError, RuntimeError, IndexError, TypeError, BadZipFile): continue     # damaged: the image is labelled again
+        except (OSError, ValueError, EOFError, RuntimeError, IndexError, TypeError, BadZipFile): continue     # damaged: labelled again
         ledger.names[name] = None
     if ledger.new: ledger.save()
     for path in ledger.new: path.unlink()

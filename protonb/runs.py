@@ -68,7 +68,8 @@ def options_said(
     "The same of a run, if the network has such options."
     options,known = config.get('options', {}),set(inspect.signature(NETWORKS[name]).parameters) - {'num_classes'}
     if isinstance(options, dict) and known.issuperset(options): return options
-    raise InputError(f'{Path(run_dir, "config.json")}: the options of its network are {options!r}; {name} has {", ".join(sorted(known)) or "none"}')
+    there = ", ".join(sorted(known)) or "none"
+    raise InputError(f'{Path(run_dir, "config.json")}: the options of its network are {options!r}; {name} has {there}')
 
 # %% ../nbs/07_shell/01_runs.ipynb #66d9a26a
 def build_net(
@@ -85,15 +86,14 @@ def build_net(
     if num_classes is None and name in ADAPTABLE: raise InputError(f'net is {name!r}; DIP needs one of {", ".join(DIP_NETWORKS)}')
     if entry and weights is None: raise InputError(f'--entry {entry}: is a place in a weight file; expected --weights beside it')
     seed_everything(seed, 'init')
-    options = options or {}
-    if weights is None: return NETWORKS[name](num_classes=num_classes, **options)
+    if weights is None: return NETWORKS[name](num_classes=num_classes, **options or {})
     if str(weights) == 'imagenet': weights = imagenet_file(name)
     if Path(weights).is_dir():
         if entry: raise InputError(f'--entry {entry}: {weights} is the folder of a run; entries are for weight files')
-        options = options | options_said(read_config(weights)[1]['config'], name, weights)
+        options = (options or {}) | options_said(read_config(weights)[1]['config'], name, weights)
         return start_from(NETWORKS[name](num_classes=num_classes, **options), weights)
     loaded = read_file(weights)
-    net = NETWORKS[name](num_classes=num_classes, **options | options_in(name, loaded, entry, False, weights))
+    net = NETWORKS[name](num_classes=num_classes, **(options or {}) | options_in(name, loaded, entry, False, weights))
     fit = fill_from(net, loaded, weights, entry or None)
     if tell: tell(sentence(fit, weights, num_classes))
     return net
@@ -188,7 +188,8 @@ def open_run(
     feed = Feed.from_dict(config['feed']) if 'feed' in config else feed_of_old(stage, config)
     run = Run(run_dir, stage, config, step, space, net.to(device).eval(), feed, None, None)
     if prototypes and not (bare and Path(prototypes).is_file()):
-        raise InputError(f'--prototypes {prototypes}: {"no such file" if bare else f"the network of {run_dir} has a classifier and needs none"}')
+        why = 'no such file' if bare else f'the network of {run_dir} has a classifier and needs none'
+        raise InputError(f'--prototypes {prototypes}: {why}')
     if bare: use_prototypes(run, prototypes or run_dir/'prototypes.safetensors')
     else: run.segment = segmenter(net, feed)
     return run

@@ -300,9 +300,7 @@ def read_rows(
 )->list:     # One dict name -> text per whole row
     "Rows of a csv file; a last line that was cut short by a kill is left out."
     if not Path(path).exists(): return []
-    try:
-        text = Path(path).read_text()
-        rows = list(csv.reader(io.StringIO(text[:text.rfind('\n')+1])))
+    try: rows = list(csv.reader(io.StringIO(''.join(Path(path).read_text().rpartition('\n')[:2]))))
     except (UnicodeDecodeError, csv.Error) as e: raise InputError(f'{path}: damaged ({e}); delete it to go on with new curves') from e
     if rows and rows[0][:2] != ['stage', 'step']:
         raise InputError(f'{path}: its first line is {",".join(rows[0])!r}, but a log begins with stage,step')
@@ -642,7 +640,7 @@ def _resume(run, settings):
         run.done, path, states = newest
         info = checkpoint_info(path)
         if differ := changes(grown(info, settings), run.meta) if 'config' in info else ():
-            raise InputError(f'{path}: is of a run with other settings ({", ".join(differ)[:300]}); take it away, or give another run folder')
+            raise InputError(f'{path}: is of a run with other settings ({", ".join(differ)[:300]}); take it away, or give another folder')
         loop = states.pop('loop', None)
         if loop is None or set(states) != set(run.parts):
             raise InputError(f'{path}: holds the parts {", ".join(states)}, but this run has {", ".join(run.parts)}')
@@ -732,8 +730,10 @@ def _loop(run, step, make_batches, progress):
             if logs: bar.set_postfix({n: f'{v:.4g}' for n, v in _log(run, rates).items()}, refresh=False)
             bar.update()
             stop = agree(seen)
-            if stop or last or run.done % cfg.checkpoint_every == 0: _save(run)
-            if stop or last: return stop or agree(seen)          # also while the last checkpoint was written
+            if not (stop or last or run.done % cfg.checkpoint_every == 0): continue
+            _save(run)
+            stop = stop or agree(seen)                         # also while the checkpoint was judged and written
+            if stop or last: return stop
     raise ValueError(f'make_batches ended after step {run.done} of {cfg.steps}')
 
 def _bar(run, progress):

@@ -7,10 +7,10 @@
     python tests/hostile.py starts 10      SIGTERM or SIGINT while a command is still reading PyTorch
     python tests/hostile.py predicts 20    two processes predict into one folder at once
 
-All but `race` and `starts` work in copies of one process that has read PyTorch, which costs seconds and not a step of any command: the entry point
-and all that follows are the real ones. A moment is a share of the processor time that the command takes, so that it lies anywhere in it
-on a busy machine too. A number behind that of the tries is the seed. Each prints one line per try and ends with what it counted; exit code 1 when
-one of them was not as it should be."""
+All but `race` and `starts` work in copies of one process that has read PyTorch, which saves seconds and no step of any command: the entry
+point and all that follows are the real ones. A moment is a share of the processor time that the command takes, so that it lies anywhere
+in it on a busy machine too. A number behind that of the tries is the seed. Each prints one line per try and ends with what it counted;
+exit code 1 when one of them was not as it should be."""
 import json
 import os
 import random
@@ -163,7 +163,8 @@ def signals(n, seed=0, numbers=(signal.SIGTERM, signal.SIGINT)):
         told = not said if number == signal.SIGKILL else len(said) == 1 and "Traceback" not in text
         good = same and not broken and (ran or code == (-9 if number == signal.SIGKILL else 130) and told)
         count["ended before the signal" if ran and good else "stopped as it should be, the same bits" if good else "WRONG"] += 1
-        print(i, " ".join(words[:2]), number.name, f"after {wait:.2f} of {took:.2f} s:", code, said, "same bits" if same else "OTHER BITS", flush=True)
+        bits = "same bits" if same else "OTHER BITS"
+        print(i, " ".join(words[:2]), number.name, f"after {wait:.2f} of {took:.2f} s:", code, said, bits, flush=True)
         if not good: print(text[-3000:], broken, again[:2], flush=True)
         for f in (f"run{i}", f"out{i}"): shutil.rmtree(f, ignore_errors=True)
     return count
@@ -192,7 +193,7 @@ def starts(n, seed=0):
 
 
 def predicts(n, seed=0):
-    """Two at once into one folder, one a little later: both end well, or one says why not; what is there in the end is whole and the same."""
+    """Two at once into one folder, one a little later: both end well, or one says why not; what is there then is whole and the same."""
     count, rng = Counter(), random.Random(seed)
     words = ["predict", "start", "photos", "--out", "twice", "--format", "trainIds", "color", "confidence"]
     p = fork(words)

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import tiny
 from protonb import core, training as T
 from protonb.cli import main
 from protonb.core import InputError, atomic_path
@@ -310,7 +311,8 @@ def test_a_stage_that_has_begun_hides_none_that_has_ended(run, tmp_path):
     assert (open_run(tmp_path / "r").method, open_run(tmp_path / "r").step) == ("source_only", 6)
 
 
-@pytest.mark.parametrize("change, told", [(lambda info: info.update(parts=["net", "opt", "sched"]), "holds the parts"), (lambda info: info["train"].update(seed=5), "train.seed 5 -> 0")])
+@pytest.mark.parametrize("change, told", [(lambda info: info.update(parts=["net", "opt", "sched"]), "holds the parts"),
+                                          (lambda info: info["train"].update(seed=5), "train.seed 5 -> 0")])
 def test_checkpoints_of_another_run_are_not_gone_on_with(run, change, told, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "r")
     for path in (tmp_path / "r" / "checkpoints").glob("*/checkpoint.json"):
@@ -324,7 +326,7 @@ def test_checkpoints_of_another_run_are_not_gone_on_with(run, change, told, tmp_
 def test_a_checkpoint_under_another_name_is_passed_over(run, tmp_path):
     shutil.copytree(run, tmp_path / "r")
     (tmp_path / "r" / "checkpoints" / "source_only-0000006").rename(tmp_path / "r" / "checkpoints" / "source_only-0000009")
-    with pytest.warns(UserWarning, match="holds step 6 of stage source_only, whatever its name says"): assert open_run(tmp_path / "r").step == 4
+    with pytest.warns(UserWarning, match="holds step 6 of stage source_only, whatever its name"): assert open_run(tmp_path / "r").step == 4
 
 
 def test_a_checkpoint_nested_without_end_is_passed_over(run, tmp_path):
@@ -575,6 +577,15 @@ def test_a_stop_in_the_last_step_of_a_stage_ends_the_run_there(tmp_path, capsys,
     assert main(words(tmp_path / "r")) == 130 and "stopped at step 3" in capsys.readouterr().out
     monkeypatch.setattr(T, "_save", real)
     assert main(words(tmp_path / "r")) == 0
+
+
+def test_a_stop_while_the_best_is_measured_ends_the_run_with_that_checkpoint(tmp_path, capsys, monkeypatch):
+    from protonb import methods
+    real, train = methods.judge_of, tiny.train("mixteacher", tmp_path / "r", "--best", "entropy")
+    monkeypatch.setattr(methods, "judge_of", lambda job: lambda parts: (os.kill(os.getpid(), signal.SIGINT), real(job)(parts))[1])
+    assert main(train) == 130 and "stopped at step 1 with a checkpoint" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert main(train) == 0 and there(tmp_path / "r")[-1] == "mixteacher-0000002" and (tmp_path / "r" / "best" / "entropy").is_dir()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
