@@ -296,6 +296,20 @@ def steps_for(seconds, hours, start):
     if n < 3: raise InputError(f'--hours {hours:g}: a step takes {each:.2g} s here; expected {math.ceil(1e4*least/3600)/1e4:g} at least')
     return min(n, 10**9)
 
+# %% ../nbs/07_shell/03_adapt.ipynb #ad00038r
+def read_plan(
+    path,    # adapt.json
+)->dict:     # asked, feed, steps, seconds
+    "What an earlier call has planned."
+    try:
+        plan = json.loads(path.read_text())
+        whole = isinstance(plan['asked'], dict) and all(isinstance(n, int) and n >= 0 for n in plan['steps']) and len(plan['steps']) == 2
+        if not whole or any(len(p) != 2 or sum(p) < 0 for p in plan['seconds']) or len(plan['seconds']) != 2: raise ValueError('no plan')
+        Feed.from_dict(plan['feed'])
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise InputError(f'{path}: damaged or of something else ({e}); expected that of this run, or another --out') from e
+    return plan
+
 # %% ../nbs/07_shell/03_adapt.ipynb #ad000038
 def plan_for(
     o:Adapt,    # Options
@@ -305,8 +319,7 @@ def plan_for(
     path = o.out/'adapt.json'
     asked = {f.name: str(getattr(o, f.name)) for f in fields(o) if f.name not in ('out', 'images', 'device', 'val')}
     if path.exists():
-        try: plan = json.loads(path.read_text())
-        except ValueError as e: raise InputError(f'{path}: damaged ({e}); expected that of this run, or another --out') from e
+        plan = read_plan(path)
         if other := [f'--{k.replace("_", "-")} {v or "left out"}' for k,v in plan['asked'].items() if v != asked.get(k)]:
             raise InputError(f'{path}: was begun with {", ".join(other)}; expected the same command, or another --out')
         return plan
@@ -375,10 +388,10 @@ def adapt(
     if many > 1: raise InputError(f'adapt: started in {many} processes, expected one; protonb train takes several')
     if (o.out/'config.json').exists(): raise InputError(f'--out {o.out}: holds a run of protonb train; expected another folder')
     d = open_domains(o)
-    begun = (o.out/'adapt.json').exists()
-    plan = plan_for(o, d)
-    tell(plan, begun)
     with claimed(o.out):
+        begun = (o.out/'adapt.json').exists()
+        plan = plan_for(o, d)
+        tell(plan, begun)
         if not begun:
             with atomic_path(o.out/'adapt.json') as p: p.write_text(json.dumps(plan, indent=1))
         train_both(o, d, plan)

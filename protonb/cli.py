@@ -308,7 +308,7 @@ def info(o:Info):  # The options
           f'{run.space.num_classes} classes ({run.space.name})')
     print(f'effective batch {meta["effective_batch"]}, seed {meta["train"]["seed"]}')
     print(', '.join(f'{k} {v}' for k,v in meta['versions'].items()))
-    if run.prototypes: print(f'prototypes: {int(run.prototypes.valid.sum())} classes, {run.prototypes.meta["k"]} images per class at most')
+    if P := run.prototypes: print(f'prototypes: {int(P.valid.sum())} classes, {P.meta.get("k", "?")} images per class at most')
     own = read_scores(o.run, run)
     for name,s in read_scores(o.run).items():
         means = ', '.join(f'{100*v:.1f} over {t}' for t,v in s.subset_mious.items())

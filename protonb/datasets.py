@@ -728,6 +728,7 @@ def _values(spec, kind, pairs):
     out, known = {}, (*_KINDS[kind], *(() if kind in ('images', 'streets') else ('only_labelled',)), 'size', 'cache')
     for k, v in pairs:
         if k not in known: raise InputError(f'data set {spec!r}: {kind} has no option {k!r}, expected one of: {", ".join(known)}')
+        if k in out: raise InputError(f'data set {spec!r}: {k} is said twice, expected it once')
         try: out[k] = _OPTIONS[k](v)
         except ValueError as e: raise InputError(f'data set {spec!r}: {k} is {v!r}, expected {e}') from None
     return out

@@ -15,7 +15,7 @@ import numpy as np, torch
 import torch.nn.functional as F
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
-from .core import InputError, atomic_path
+from .core import InputError, atomic_path, sweep
 from .files import read_image
 from .labels import CITYSCAPES_IDS, SPACES, ClassSpace, colorize
 
@@ -234,7 +234,10 @@ def _check_pair(image, label, name):
 
 def _name_of(dataset, i): return str(dataset.names[i]) if hasattr(dataset, 'names') else f'image {i}'
 
-def _scored(cm, space, absent):
+_NO_NUMBER = 'the network gives NaN: its weights are too large for any image, or not those of this network'
+
+def _scored(cm, lost, space, absent):
+    if lost: raise InputError(f'{_NO_NUMBER}; there is nothing to score')
     if not cm.any(): raise InputError(f'no image has a labelled pixel of {space.name}; there is nothing to score')
     return Scores(cm, space, absent)
 
@@ -264,14 +267,14 @@ def evaluate(
     if len(dataset) == 0: raise InputError('the data set is empty; there is nothing to evaluate')
     rank, world, device = (acc.process_index, acc.num_processes, acc.device) if acc else (0, 1, device)
     loader = torch.utils.data.DataLoader(_Every(dataset, rank, world), batch_size=None, num_workers=workers)
-    cm = torch.zeros(K, K, dtype=torch.int64, device=device)
+    cm, lost = (torch.zeros(n, dtype=torch.int64, device=device) for n in ((K, K), ()))     # counts; images with NaN
     for i, image, label in tqdm(loader, desc='evaluating', disable=not progress or rank > 0, leave=False):
         _check_pair(image, label, _name_of(dataset, i))
         logits = segment(image[None].to(device))[0]
         if len(logits) != K: raise ValueError(f'the segmenter gives {len(logits)} classes; {space.name} has {K}')
         counts = confusion_matrix(argmax_upsampled(logits, tuple(label.shape)), label.to(logits.device), K)
-        cm = cm.to(counts.device) + counts
-    return _scored(acc.reduce(cm, 'sum') if acc else cm, space, absent)
+        cm, lost = cm.to(counts.device) + counts, lost.to(logits.device) + logits.isnan().any()
+    return _scored(*(acc.reduce((cm, lost), 'sum') if acc else (cm, lost)), space, absent)
 
 # %% ../nbs/04_learning/03_evaluation.ipynb #0d4156b9
 def blend(
@@ -355,7 +358,7 @@ def _write(paths, pictures, stamp):
     info.add_text('protonb', stamp)
     for kind, im in pictures.items():
         try:
-            with atomic_path(paths[kind]) as p: im.save(p, compress_level=4, pnginfo=info)
+            with atomic_path(paths[kind], many=True) as p: im.save(p, compress_level=4, pnginfo=info)
         except OSError as e: raise InputError(f'{paths[kind]}: cannot be written ({e.strerror or e}); give a folder that can') from e
 
 def _image_id(image):
@@ -372,6 +375,7 @@ def _file_of(stamp):
 
 def _jobs(items, out_dir, formats, mark, overwrite, done, damaged):
     "(paths, stamp, image) of what is to be predicted; counts what is there, notes what cannot be read."
+    sweep(out_dir, '*.png', deep=True)
     for name, image in items:
         file = Path(image).name if isinstance(image, (str, Path)) else ''
         paths, stamp = output_paths(out_dir, name, formats), f'{mark} {_image_id(image)} {json.dumps(file)}'
@@ -407,6 +411,7 @@ def _flush(segment, waiting, space, opacity, device, done):
     jobs = waiting[:]
     waiting.clear()
     for (paths, stamp, image), logits in zip(jobs, _logits(segment, images)):
+        if logits.isnan().any(): raise InputError(f'{next(iter(paths.values()))}: cannot be written, {_NO_NUMBER}')
         _write(paths, _pictures(paths, image, logits, space, opacity), stamp)
         done['written'] += 1
 

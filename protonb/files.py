@@ -8,7 +8,7 @@ __all__ = ['LIMIT', 'PICTURES', 'small_enough', 'read_image', 'noted', 'image_si
            'match_files', 'read_text', 'read_list']
 
 # %% ../nbs/01_data/02b_files.ipynb #2c46f87a
-import glob, io, os, re, struct, threading, unicodedata, zlib
+import glob, io, os, re, stat, struct, threading, unicodedata, zlib
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path, PurePosixPath
@@ -40,8 +40,11 @@ def _checksums(data):
 
 # %% ../nbs/01_data/02b_files.ipynb #31dda50a
 def _bytes(path, what):
-    "The bytes of a file, or a sentence."
-    try: return Path(path).read_bytes()
+    "The bytes of a file, or a sentence; a device may have no end."
+    try:
+        kind = os.stat(path).st_mode
+        if stat.S_ISCHR(kind) or stat.S_ISBLK(kind): raise InputError(f'{path}: is a device, expected {what}')
+        return Path(path).read_bytes()
     except FileNotFoundError: raise InputError(f'{path}: no such file, expected {what}') from None
     except IsADirectoryError: raise InputError(f'{path}: is a folder, expected {what}') from None
     except PermissionError: raise InputError(f'{path}: may not be read, expected {what}') from None

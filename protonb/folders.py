@@ -6,14 +6,15 @@
 __all__ = ['read_stages', 'require_own', 'claimed']
 
 # %% ../nbs/04_learning/18_folders.ipynb #4284a97c
-import json, shutil
+import json
 from contextlib import contextmanager
 from pathlib import Path
 from filelock import FileLock, Timeout
-from .core import InputError
+from .core import InputError, sweep
 
 # %% ../nbs/04_learning/18_folders.ipynb #00af4a52
 _PARTS = dict(train=dict, config=(dict, type(None)), effective_batch=int)   # of each stage
+_MORE = dict(versions=dict, batch=dict)     # that older ones lack
 
 def read_stages(
     run_dir,   # Folder of a run
@@ -26,7 +27,9 @@ def read_stages(
         if not any(path.parent.glob('checkpoints/[!.]*/checkpoint.json')): return {}
         raise InputError(f'{path}: is lost, but there are checkpoints; {way_out}') from None
     except (OSError, ValueError, RecursionError) as e: raise InputError(f'{path}: not the config.json of a run ({e}); {way_out}') from e
-    whole = lambda m: isinstance(m, dict) and all(isinstance(m.get(k, ...), kind) for k,kind in _PARTS.items())
+    right = lambda m,known,other: all(isinstance(m.get(k, other), kind) for k,kind in known.items())
+    named = lambda m: isinstance((m['config'] or {}).get('method', ''), str)
+    whole = lambda m: isinstance(m, dict) and right(m, _PARTS, ...) and right(m, _MORE, {}) and named(m)
     odd = [] if isinstance(stages, dict) else ['no stages']
     odd += [f'{s!r} is no stage' for s,m in stages.items() if not whole(m)] if not odd else []
     if odd: raise InputError(f'{path}: not the config.json of a run ({odd[0]}); {way_out}')
@@ -58,7 +61,7 @@ def claimed(
     except Timeout: raise InputError(f'{run_dir}: another process is writing there; wait until it ends, or give another folder') from None
     except OSError as e: raise InputError(f'{run_dir}: cannot write there ({e.strerror}); give a folder that can be written') from e
     try:
-        for left in run_dir.rglob('.*.tmp') if main and lock.lock_counter == 1 else (): shutil.rmtree(left, ignore_errors=True)
+        if main and lock.lock_counter == 1: sweep(run_dir, deep=True)
         yield
     finally:
         if main and lock.lock_counter == 1: (run_dir/'.lock').unlink(missing_ok=True)      # no other process has it

@@ -163,9 +163,12 @@ def load_prototypes(
         state,meta = load_weights(path),read_meta(path)
         if not {'matrix', 'counts'} <= set(state) or 'classes' not in meta:
             raise InputError(f'{path}: holds {", ".join(list(state)[:3])}, but a prototype file has matrix, counts and class names')
+        if not isinstance(meta['classes'], list) or not all(isinstance(c, str) for c in meta['classes']):
+            raise InputError(f'{path}: its note is damaged, classes are {str(meta["classes"])[:80]}; expected a list of names')
         p = Prototypes(state['matrix'], state['counts'], tuple(meta.pop('classes')), meta)
         K,shapes = len(p.classes),[tuple(state[k].shape) for k in ('matrix', 'counts')]
-        if len(shapes[0]) != 2 or shapes[0][0] != K or shapes[1] != (K,) or not p.matrix.isfinite().all():
+        fits = len(shapes[0]) == 2 and shapes[0][0] == K and shapes[1] == (K,)
+        if not (fits and p.matrix.is_floating_point() and p.matrix.isfinite().all()):
             raise InputError(f'{path}: damaged, matrix {shapes[0]} and counts {shapes[1]}; expected ({K},C) and ({K},), all finite')
     else: p = bare_prototypes(path, space)
     if space and tuple(space.classes) != p.classes:

@@ -12,6 +12,7 @@ __all__ = ['STEPS', 'DTYPES', 'class_probabilities', 'labels_and_confidence', 'c
 import copy, hashlib, json, shutil
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 import numpy as np, torch
 import torch.nn.functional as F
 from PIL import Image
@@ -247,7 +248,7 @@ def label_paths(
 def _save(path, write):
     "A file, whole or absent; write(p) makes it."
     try:
-        with atomic_path(path) as p: write(p)
+        with atomic_path(path, many=True) as p: write(p)
     except OSError as e: raise InputError(f'{path}: cannot be written ({e.strerror or e}); give a folder that can') from e
 
 def _save_png(path, values): _save(path, lambda p: Image.fromarray(values.cpu().numpy()).save(p, compress_level=4))
@@ -331,7 +332,7 @@ def _fold(ledger):
         name = path.relative_to(ledger.notes).as_posix()[:-4]
         if name in ledger.names or not _finished(ledger.path.parent, name): continue
         try: ledger.hist.counts.view(-1).index_add_(0, *torch.from_numpy(np.load(path)))
-        except (OSError, ValueError, EOFError, RuntimeError, IndexError, TypeError): continue     # damaged: the image is labelled again
+        except (OSError, ValueError, EOFError, RuntimeError, IndexError, TypeError, BadZipFile): continue     # damaged: labelled again
         ledger.names[name] = None
     if ledger.new: ledger.save()
     for path in ledger.new: path.unlink()

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 import torch
+from filelock import FileLock
 from . import deeplab, deeplabv2, dip, iapc, joint, mixteacher, pbal, pixda, proda, source_only, wdass
 from .checkpoints import fill_from, fit_of, parts_of, sentence
 from .core import InputError, atomic_path
@@ -27,7 +28,7 @@ from .labels import CAMVID, CITYSCAPES, CITYSCAPES13, CITYSCAPES16, ClassSpace
 from .prototypes import load_prototypes
 from .teachers import adapt_statistics
 from .start import STOPPED
-from .training import Diverged, changes, checkpoint_info, newest_states, seed_everything
+from .training import Diverged, changes, checkpoint_info, checkpoints, newest_states, seed_everything
 from .weights import first_of, read_file, state_id, unusable
 
 # %% ../nbs/07_shell/01_runs.ipynb #f4dc290d
@@ -59,6 +60,17 @@ def options_in(
     known = inspect.signature(NETWORKS[name]).parameters
     return {k: v for k,v in dip_head_version(part.state).items() if k in known}
 
+def options_said(
+    config:dict,  # What config.json says of a run
+    name:str,     # A key of NETWORKS
+    run_dir,      # Folder of the run, for the message
+)->dict:          # Options of the function that makes the network
+    "The same of a run, if the network has such options."
+    options,known = config.get('options', {}),set(inspect.signature(NETWORKS[name]).parameters) - {'num_classes'}
+    if isinstance(options, dict) and known.issuperset(options): return options
+    there = ", ".join(sorted(known)) or "none"
+    raise InputError(f'{Path(run_dir, "config.json")}: the options of its network are {options!r}; {name} has {there}')
+
 # %% ../nbs/07_shell/01_runs.ipynb #66d9a26a
 def build_net(
     name:str,          # A key of NETWORKS
@@ -72,16 +84,16 @@ def build_net(
     "A network by name, started from random values or from a file."
     if name not in NETWORKS: raise InputError(f'net is {name!r}; expected one of {", ".join(NETWORKS)}')
     if num_classes is None and name in ADAPTABLE: raise InputError(f'net is {name!r}; DIP needs one of {", ".join(DIP_NETWORKS)}')
+    if entry and weights is None: raise InputError(f'--entry {entry}: is a place in a weight file; expected --weights beside it')
     seed_everything(seed, 'init')
-    options = options or {}
-    if weights is None: return NETWORKS[name](num_classes=num_classes, **options)
+    if weights is None: return NETWORKS[name](num_classes=num_classes, **options or {})
     if str(weights) == 'imagenet': weights = imagenet_file(name)
     if Path(weights).is_dir():
         if entry: raise InputError(f'--entry {entry}: {weights} is the folder of a run; entries are for weight files')
-        options = options | read_config(weights)[1]['config'].get('options', {})
+        options = (options or {}) | options_said(read_config(weights)[1]['config'], name, weights)
         return start_from(NETWORKS[name](num_classes=num_classes, **options), weights)
     loaded = read_file(weights)
-    net = NETWORKS[name](num_classes=num_classes, **options | options_in(name, loaded, entry, False, weights))
+    net = NETWORKS[name](num_classes=num_classes, **(options or {}) | options_in(name, loaded, entry, False, weights))
     fit = fill_from(net, loaded, weights, entry or None)
     if tell: tell(sentence(fit, weights, num_classes))
     return net
@@ -97,10 +109,13 @@ def space_to_dict(
 # %% ../nbs/07_shell/01_runs.ipynb #2c9a74a3
 def space_from_dict(
     d:dict,        # From `space_to_dict`
+    where='config.json',  # Where it was read, for the message
 )->ClassSpace:     # The same space
     "The class space of a config.json."
-    return ClassSpace(d['name'], tuple(d['classes']), tuple(tuple(c) for c in d['palette']),
-                      tuple((t, tuple(ids)) for t,ids in d['subsets']))
+    try: return ClassSpace(d['name'], tuple(d['classes']), tuple(tuple(c) for c in d['palette']),
+                           tuple((t, tuple(ids)) for t,ids in d['subsets']))
+    except (KeyError, TypeError, ValueError) as e:
+        raise InputError(f'{where}: its class space is damaged ({type(e).__name__}: {e}); expected name, classes, palette, subsets') from e
 
 # %% ../nbs/07_shell/01_runs.ipynb #f5d8eede
 @dataclass
@@ -124,15 +139,16 @@ class Run:
 # %% ../nbs/07_shell/01_runs.ipynb #9644e34c
 def read_config(
     run_dir,     # Folder of a run
-    stage=None,  # Stage to read; the newest when left out
+    stage=None,  # Stage to read; the newest that has a checkpoint when left out
 )->tuple:        # stage name, its entry of config.json
     "A stage of a run and its settings."
     path,stages = Path(run_dir)/'config.json',read_stages(run_dir)
     if not stages: raise InputError(f'{run_dir}: not a run folder, it has no config.json; give the --out folder of `protonb train`')
-    stage = stage or list(stages)[-1]
+    stage = stage or next((s for s in reversed(stages) if checkpoints(run_dir, s)), list(stages)[-1])
     if stage not in stages: raise InputError(f'{path}: has no stage {stage!r}; it holds {", ".join(stages) or "none"}')
     net = (stages[stage].get('config') or {}).get('net')
-    if net not in NETWORKS: raise InputError(f'{path}: its network is {net!r}; expected one of {", ".join(NETWORKS)}')
+    if not isinstance(net, str) or net not in NETWORKS:
+        raise InputError(f'{path}: its network is {net!r}; expected one of {", ".join(NETWORKS)}')
     return stage, stages[stage]
 
 # %% ../nbs/07_shell/01_runs.ipynb #de332bfb
@@ -165,12 +181,15 @@ def open_run(
     if not (found := newest_states(run_dir, stage, ['net'])): raise InputError(f'{run_dir}: holds no checkpoint yet; train it first')
     step,path,states = found
     config = require_same(run_dir, meta, path)
-    space,m = space_from_dict(config['space']),METHODS.get(config.get('method'))
+    space,m = space_from_dict(config.get('space'), run_dir/'config.json'),METHODS.get(config.get('method'))
     bare = m.networks == 'features' if m else stage == 'dip'              # a network without a classifier
-    net = NETWORKS[config['net']](num_classes=None if bare else space.num_classes, **config.get('options', {}))
+    net = NETWORKS[config['net']](num_classes=None if bare else space.num_classes, **options_said(config, config['net'], run_dir))
     fill_whole(net, states['net'], path)
     feed = Feed.from_dict(config['feed']) if 'feed' in config else feed_of_old(stage, config)
     run = Run(run_dir, stage, config, step, space, net.to(device).eval(), feed, None, None)
+    if prototypes and not (bare and Path(prototypes).is_file()):
+        why = 'no such file' if bare else f'the network of {run_dir} has a classifier and needs none'
+        raise InputError(f'--prototypes {prototypes}: {why}')
     if bare: use_prototypes(run, prototypes or run_dir/'prototypes.safetensors')
     else: run.segment = segmenter(net, feed)
     return run
@@ -295,7 +314,7 @@ def _scores(run_dir):
     "What scores.json holds, {} where there is none."
     try: every = json.loads(Path(run_dir, 'scores.json').read_text())
     except FileNotFoundError: return {}
-    except (ValueError, OSError) as e: raise _spoiled(run_dir, e) from e
+    except (ValueError, OSError, RecursionError) as e: raise _spoiled(run_dir, e) from e
     if not isinstance(every, dict) or not all(isinstance(d, dict) for d in every.values()): raise _spoiled(run_dir, 'no scores by data set')
     return every
 
@@ -307,9 +326,11 @@ def save_scores(
     run:Run=None,   # What was scored: its stage, step and weights are kept beside the scores
 ):
     "Add an evaluation to scores.json."
-    path,every = Path(run_dir)/'scores.json',_scores(run_dir)
-    every[data] = scores.to_dict() | (dict(of=dict(stage=run.method, step=run.step, weights=run.id)) if run else {})
-    with atomic_path(path) as p: p.write_text(json.dumps(every, indent=1))
+    run_dir,of = Path(run_dir),dict(of=dict(stage=run.method, step=run.step, weights=run.id)) if run else {}
+    with FileLock(run_dir/'.scores.lock', timeout=60):              # another process may be adding its own
+        every = _scores(run_dir) | {data: scores.to_dict() | of}
+        with atomic_path(run_dir/'scores.json') as p: p.write_text(json.dumps(every, indent=1))
+        (run_dir/'.scores.lock').unlink(missing_ok=True)
 
 # %% ../nbs/07_shell/01_runs.ipynb #2545b86c
 def read_scores(
@@ -318,10 +339,11 @@ def read_scores(
 )->dict:           # data -> Scores, in the order in which they were written
     "The evaluations of a run."
     if not (every := _scores(run_dir)): return {}
-    space = space_from_dict(read_config(run_dir)[1]['config']['space'])
-    mine = {k: d for k,d in every.items() if run is None or d.get('of', {}).get('weights') == run.id}
-    try: return {k: Scores.from_dict(d, space) for k,d in mine.items()}
-    except (ValueError, TypeError, KeyError, RuntimeError) as e: raise _spoiled(run_dir, e) from e
+    space = space_from_dict(read_config(run_dir)[1]['config'].get('space'), Path(run_dir, 'config.json'))
+    try:
+        mine = {k: d for k,d in every.items() if run is None or d.get('of', {}).get('weights') == run.id}
+        return {k: Scores.from_dict(d, space) for k,d in mine.items()}
+    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as e: raise _spoiled(run_dir, e) from e
 
 # %% ../nbs/07_shell/01_runs.ipynb #5c07ed01
 class Stopped(Exception):
@@ -413,7 +435,7 @@ def score(
 )->Scores:
     "Evaluate a run, print its table, keep the confusion matrix."
     require_labels(data, title)
-    absent = run.config['hyper'].get('absent', 'skip_both')
+    absent = (run.config.get('hyper') or {}).get('absent', 'skip_both')
     scores = evaluate(ready(run, look), data, run.space, device_of(run), absent=absent)
     if run.dir.is_dir(): save_scores(run.dir, title + look_name(look), scores, run)      # a bare file has no folder of its own
     print(scores.table())

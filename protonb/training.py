@@ -190,12 +190,13 @@ def checkpoint_info(
         info = json.loads((path/'checkpoint.json').read_text())
         own = info.pop('own_sha256', None)          # older ones have none
         odd = own not in (None, _digest(info)) or not isinstance(info.get('step', 0), int) or not isinstance(info['parts'], list)
+        odd = odd or not isinstance(info.get('time', 0), (int, float))
         if odd: raise ValueError('checkpoint.json is damaged')
         for name, size in info['bytes'].items():
             if (got := (path/name).stat().st_size) != size: raise ValueError(f'{name} has {got} bytes, not {size}')
     except OSError as e:
         raise InputError(f'{path}: not a whole checkpoint ({Path(e.filename).name}: {e.strerror})') from e
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise InputError(f'{path}: not a whole checkpoint ({e})') from e
     return info
 
@@ -285,7 +286,11 @@ def newest_states(
     "The newest checkpoint that is whole to the bit; a damaged one is named, and the one before it taken."
     found = checkpoints(run_dir, stage)
     for t, path in reversed(found):
-        try: return t, path, read_states(path, names)
+        try:
+            info = checkpoint_info(path)
+            own = info.get('stage', stage), info.get('step', t)
+            if own != (stage, t): raise InputError(f'{path}: holds step {own[1]} of stage {own[0]}, whatever its name says')
+            return t, path, read_states(path, names)
         except InputError as e: warnings.warn(f'{e}; going back to the one before')
     if found: raise InputError(f'{Path(run_dir, "checkpoints")}: none of stage {stage} is whole; delete them to start over')
 
@@ -295,13 +300,12 @@ def read_rows(
 )->list:     # One dict name -> text per whole row
     "Rows of a csv file; a last line that was cut short by a kill is left out."
     if not Path(path).exists(): return []
-    try: text = Path(path).read_text()
-    except UnicodeDecodeError as e: raise InputError(f'{path}: damaged ({e}); delete it to go on with new curves') from e
-    rows = list(csv.reader(io.StringIO(text[:text.rfind('\n')+1])))
+    try: rows = list(csv.reader(io.StringIO(''.join(Path(path).read_text().rpartition('\n')[:2]))))
+    except (UnicodeDecodeError, csv.Error) as e: raise InputError(f'{path}: damaged ({e}); delete it to go on with new curves') from e
     if rows and rows[0][:2] != ['stage', 'step']:
         raise InputError(f'{path}: its first line is {",".join(rows[0])!r}, but a log begins with stage,step')
     rows = [dict(zip(rows[0], r)) for r in rows[1:] if len(r) == len(rows[0])]
-    if odd := [r for r in rows if not r['step'].isdecimal() or not all(map(_number, list(r.values())[2:]))]:
+    if odd := [r for r in rows if not r['step'].isdecimal() or len(r['step']) > 15 or not all(map(_number, list(r.values())[2:]))]:
         raise InputError(f'{path}: damaged, one row says {",".join(odd[0].values())[:80]!r}; delete it to go on with new curves')
     return rows
 
@@ -325,7 +329,9 @@ def append_row(
 ):
     "Add one row; only a row with a new name makes the file be written anew."
     row = {k: f'{v:.9g}' if isinstance(v, float) else str(v) for k, v in row.items()}
-    head = next(csv.reader([open(path).readline()]), []) if Path(path).exists() else []
+    head = []
+    if Path(path).exists():
+        with open(path) as f: head = next(csv.reader([f.readline()]), [])
     if not set(row) <= set(head): return write_rows(path, [*read_rows(path), row])
     with naming(path), open(path, 'a', newline='') as f: csv.DictWriter(f, head, restval='', lineterminator='\n').writerow(row)
 
@@ -628,12 +634,15 @@ def _tidy(run):
     for p in old[:-run.cfg.keep]: shutil.rmtree(p, ignore_errors=True)
 
 # %% ../nbs/04_learning/02_training.ipynb #730bc9c8
-def _resume(run):
+def _resume(run, settings):
     "Go back to the newest whole checkpoint, if there is one, and cut the csv files to it."
     if newest := newest_states(run.dir, run.stage):
         run.done, path, states = newest
-        loop = states.pop('loop')
-        if set(states) != set(run.parts):
+        info = checkpoint_info(path)
+        if differ := changes(grown(info, settings), run.meta) if 'config' in info else ():
+            raise InputError(f'{path}: is of a run with other settings ({", ".join(differ)[:300]}); take it away, or give another folder')
+        loop = states.pop('loop', None)
+        if loop is None or set(states) != set(run.parts):
             raise InputError(f'{path}: holds the parts {", ".join(states)}, but this run has {", ".join(run.parts)}')
         _load_states(path, run.parts, states)
         run.kept, run.skipped = loop['kept'], loop.get('skipped', 0)
@@ -664,11 +673,12 @@ def _open_run(cfg, parts, acc, run_dir, stage, config):
     meta = dict(train=asdict(cfg), config=_plain(config), effective_batch=math.prod(batch.values()), batch=batch,
                 versions=versions(acc))
     run = _Run(cfg, parts, acc, Path(run_dir), stage, meta)
-    known = _check_config(run.dir/'config.json', stage, meta, dict(train=cfg, config=config))
+    settings = dict(train=cfg, config=config)
+    known = _check_config(run.dir/'config.json', stage, meta, settings)
     acc.wait_for_everyone()
     if acc.is_main_process:
         with atomic_path(run.dir/'config.json') as p: _write_json(p, known)
-    _resume(run)
+    _resume(run, settings)
     if acc.is_main_process: _tidy(run)
     if cfg.skip_nonfinite: _skip(run)
     acc.wait_for_everyone()
@@ -720,8 +730,10 @@ def _loop(run, step, make_batches, progress):
             if logs: bar.set_postfix({n: f'{v:.4g}' for n, v in _log(run, rates).items()}, refresh=False)
             bar.update()
             stop = agree(seen)
-            if stop or last or run.done % cfg.checkpoint_every == 0: _save(run)
-            if stop or last: return stop or agree(seen)          # also while the last checkpoint was written
+            if not (stop or last or run.done % cfg.checkpoint_every == 0): continue
+            _save(run)
+            stop = stop or agree(seen)                         # also while the checkpoint was judged and written
+            if stop or last: return stop
     raise ValueError(f'make_batches ended after step {run.done} of {cfg.steps}')
 
 def _bar(run, progress):

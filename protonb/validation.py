@@ -64,7 +64,7 @@ def rows_of(
     "What a table says of a run."
     for one,second in candidates(run, every):
         row = dict(run=str(run.dir), stage=run.method, step=one.step) | validate(one.segment, data, teacher=second, **how)
-        absent = run.config['hyper'].get('absent', 'skip_both')
+        absent = (run.config.get('hyper') or {}).get('absent', 'skip_both')
         if truth is not None: row['miou'] = 100*evaluate(one.segment, truth, run.space, device_of(one), absent, progress=False).miou
         yield row
 

@@ -184,7 +184,7 @@ def point_pngs(
     for path, p in zip(paths, points.values()):
         ids = render_points(p).numpy().astype(np.uint8)
         if not path.exists():
-            with atomic_path(path) as tmp: Image.fromarray(ids).save(tmp)
+            with atomic_path(path, many=True) as tmp: Image.fromarray(ids).save(tmp)
         elif not np.array_equal(read_label(path), ids):
             raise InputError(f'{path}: exists and holds other points; remove the folder or give another one')
     return paths

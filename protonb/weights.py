@@ -123,6 +123,7 @@ def read_file(
     path = Path(path)
     if path.is_dir(): raise InputError(f'{path}: is a folder, but a weight file was expected')
     if not path.exists(): raise InputError(f'{path}: does not exist, but a weight file was expected')
+    if not path.is_file(): raise InputError(f'{path}: is a device or a pipe, but a weight file was expected')
     with open(path, 'rb') as f: head = f.read(9)
     if head[:1] == b'\x80' or head[:2] == b'PK': return read_pickle(path)          # whatever it is called
     return read_safetensors(path) if path.suffix == '.safetensors' or head[8:] == b'{' else read_pickle(path)

@@ -8,6 +8,8 @@ __all__ = ['option_kinds', 'one_line', 'read_words']
 # %% ../nbs/07_shell/01d_words.ipynb #0955e40b
 import contextlib, io, re
 from dataclasses import fields, is_dataclass
+from functools import reduce
+from pathlib import Path
 from typing import Annotated, get_args, get_origin
 import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional
@@ -54,6 +56,18 @@ def one_line(
     else: line = line.partition('. Expected')[0]
     return f'{line}; expected {expected(of[named[0]])} (see --help)'
 
+# %% ../nbs/07_shell/01d_words.ipynb #4dfd14ae
+def no_empty_path(
+    made,       # Options
+    names:dict, # Path of field names -> option
+    words:list, # What was typed
+):
+    "An empty text, as an unset variable of the shell gives it, is no folder; Python takes it for the one where it is."
+    if '.' in words or '' not in [w.partition('=')[2] if w.startswith('--') and '=' in w else w for w in words]: return
+    for path,name in names.items():
+        value = reduce(lambda part,field: getattr(part, field, None), path, made)
+        if Path() in (value if isinstance(value, (list, tuple)) else [value]): raise InputError(f'{name} is empty; expected a path')
+
 # %% ../nbs/07_shell/01d_words.ipynb #4dfd14b0
 def read_words(
     kind:type,     # Dataclass of options, or a union of some
@@ -72,5 +86,6 @@ def read_words(
         if not e.code: raise
         raise InputError(one_line(said.getvalue(), kind, words)) from None
     names = {path: name for path,name,_ in option_kinds(type(made))}
+    no_empty_path(made, names, words)
     check(made, lambda path: names.get(path, '.'.join(path)), agree=agree)
     return made

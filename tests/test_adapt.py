@@ -116,6 +116,15 @@ def test_killed_in_the_middle_it_ends_with_the_same_bits(town, whole, monkeypatc
     assert {"start", "adapted"} == {name.split("/")[0] for name in want} and (out / "report.html").exists()
 
 
+@pytest.mark.parametrize("text", ["[]", '{"asked": {}}', "["*100_000, '{"asked": {}, "steps": [4], "seconds": [[0, 0], [0, 0]], "feed": {}}',
+                                  '{"asked": {}, "steps": [4, 2], "seconds": [[0, 0], [0, 0]], "feed": {"height": "high"}}'])
+def test_a_damaged_plan_is_named(town, tmp_path, capsys, text):
+    (tmp_path / "adapt.json").write_text(text)
+    assert run(town, tmp_path) == 2
+    err = capsys.readouterr().err
+    assert "adapt.json: damaged" in err and len([line for line in err.splitlines() if line.startswith("protonb:")]) == 1
+
+
 def test_finished_stages_are_kept_and_another_command_is_refused(town, whole, monkeypatch, capsys):
     def never(*args, **kw): raise AssertionError("a finished run is not trained again")
     monkeypatch.setattr(source_only, "step", never)

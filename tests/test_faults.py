@@ -101,7 +101,9 @@ def faulty(words, home, n, number):
     """One command whose n-th write fails; False when it has fewer."""
     faults = Faults(home, n, number)
     with faults.installed(): code, said = call(words)
-    if faults.count < n: return False
+    if faults.count < n:
+        assert code == 0 or words[1] == "check", f"{words} without a fault: {code} {said}"
+        return False
     told = f"{words} write {n} ({faults.where}): {code} {said}"
     assert code == 2 and len(said) == 1, told
     named = said[0].split(": ")[1]
@@ -161,7 +163,7 @@ def test_a_disk_that_fails_again_and_again(method, home):
     assert call(tiny.train(method, "whole"))[0] == 0
     want = tiny.bits("whole")
     Path("faulty").mkdir()
-    assert goes_on(tiny.train(method, "faulty/run"), "faulty/run", "faulty", want, tiny.STRIDE.get(method, 11)) >= 5
+    assert goes_on(tiny.train(method, "faulty/run"), "faulty/run", "faulty", want, tiny.STRIDE.get(method, 11)) >= 4
 
 
 @pytest.mark.parametrize("command", list(tiny.others("", "", "")))

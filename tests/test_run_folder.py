@@ -7,20 +7,23 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+import tiny
 from protonb import core, training as T
 from protonb.cli import main
 from protonb.core import InputError, atomic_path
 from protonb.prototypes import load_prototypes
-from protonb.runs import open_run
+from protonb.runs import open_run, read_scores, save_scores
 from protonb.training import Train, fit
 
 SOURCE, TARGET = "streets:synthetic,count=4,size=64x128", "streets:real,count=4,size=64x128"
@@ -189,6 +192,25 @@ def test_settings_that_reached_no_checkpoint_may_be_put_right(tmp_path):
     with pytest.raises(InputError, match="config.lr 2 -> 3"): go(tmp_path, config=dict(lr=3))
 
 
+def test_an_empty_path_is_no_folder(tmp_path, capsys, monkeypatch):
+    """`--out "$OUT"` of a variable that is not set."""
+    monkeypatch.chdir(tmp_path)
+    fails(words(""), capsys, "--out is empty")
+    fails([*words("r"), "--weights="], capsys, "--weights is empty")
+    fails(["predict", "", "photos", "--out", "p"], capsys, "run is empty")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_device_is_no_weight_file(tmp_path, capsys):
+    fails(words(tmp_path / "r", "--weights", "/dev/zero"), capsys, "/dev/zero: is a device")
+    fails(["eval", "/dev/zero", "--data", TARGET], capsys, "/dev/zero: is a device")
+
+
+@pytest.mark.parametrize("more", ["count=2,count=3", "size=64x128,size=128x64"])
+def test_what_is_said_twice_of_a_data_set(more, tmp_path, capsys):
+    fails([*words(tmp_path / "r"), "--source", f"streets:synthetic,{more}"], capsys, "is said twice")
+
+
 # ---- damage
 
 @pytest.fixture(scope="module")
@@ -198,6 +220,11 @@ def run(tmp_path_factory):
     assert main(words(home / "r", "--steps", "6", "--checkpoint-every", "2", "--keep", "3")) == 0
     assert main(["eval", str(home / "r"), "--data", TARGET]) == 0
     return home / "r"
+
+
+def test_options_that_would_do_nothing_are_refused(run, tmp_path, capsys):
+    fails(words(tmp_path / "r", "--entry", "teacher"), capsys, "--entry teacher", "expected --weights")
+    fails(["eval", run, "--data", TARGET, "--prototypes", "p.pth"], capsys, "--prototypes p.pth", "needs none")
 
 
 @pytest.mark.parametrize("file", ["net.safetensors", "opt.safetensors", "loop.safetensors", "state.json", "checkpoint.json"])
@@ -232,7 +259,9 @@ def test_checkpoints_of_before_have_no_checksums_and_load(run, tmp_path):
 
 
 @pytest.mark.parametrize("name, text, args", [
-    ("scores.json", "[]", ["info", "R"]), ("scores.json", '{"a": {"cm": 3, "absent": "zero"}}', ["info", "R"]), ("scores.json", "\x00", ["eval", "R", "--data", TARGET]),
+    ("scores.json", "[]", ["info", "R"]), ("scores.json", '{"a": {"of": 3}}', ["info", "R"]), ("scores.json", "["*100_000, ["eval", "R", "--data", TARGET]),
+    ("metrics.csv", f"stage,step,loss\nsource_only,1,{'9'*200_000}\n", ["train"]), ("metrics.csv", f"stage,step,loss\nsource_only,{'9'*5000},1\n", ["train"]),
+    ("scores.json", '{"a": {"cm": 3, "absent": "zero"}}', ["info", "R"]), ("scores.json", "\x00", ["eval", "R", "--data", TARGET]),
     ("metrics.csv", "stage,step,loss\nsource_only,1.5,3\n", ["report", "R", "--data", TARGET, "--out", "x.html"]),
     ("metrics.csv", "stage,step,loss\nsource_only,1,three\n", ["train"]), ("timing.csv", "\xff\xfe", ["train"])])
 def test_damaged_files_are_named(run, name, text, args, tmp_path, capsys):
@@ -254,12 +283,89 @@ def test_a_config_that_is_not_the_checkpoints(run, change, told, tmp_path, capsy
     fails(["eval", tmp_path / "r", "--data", TARGET], capsys, path, told)
 
 
+@pytest.mark.parametrize("change, told", [
+    (lambda e: e.update(versions=None), "not the config.json of a run"), (lambda e: e.update(batch=[1]), "not the config.json of a run"),
+    (lambda e: e["config"].update(method=["source-only"]), "not the config.json of a run"),
+    (lambda e: e["config"].update(net=["pbal_small"]), "its network is ['pbal_small']"),
+    (lambda e: e["config"].update(options=dict(deep=True)), "the options of its network are {'deep': True}")])
+def test_a_config_with_odd_entries_is_named(run, change, told, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "r")
+    path = tmp_path / "r" / "config.json"
+    stages = json.loads(path.read_text())
+    change(stages["source_only"])
+    path.write_text(json.dumps(stages))
+    fails(words(tmp_path / "new", "--weights", tmp_path / "r"), capsys, path, told)
+    fails(["info", tmp_path / "r"], capsys, path)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_made_by_hand_says_what_it_lacks(tmp_path, capsys):
+    go(tmp_path, config=dict(net="pbal_small"))
+    fails(["info", tmp_path], capsys, tmp_path / "config.json", "its class space is damaged")
+
+
+def test_a_stage_that_has_begun_hides_none_that_has_ended(run, tmp_path):
+    shutil.copytree(run, tmp_path / "r")
+    path = tmp_path / "r" / "config.json"
+    path.write_text(json.dumps((stages := json.loads(path.read_text())) | dict(later=stages["source_only"])))
+    assert (open_run(tmp_path / "r").method, open_run(tmp_path / "r").step) == ("source_only", 6)
+
+
+@pytest.mark.parametrize("change, told", [(lambda info: info.update(parts=["net", "opt", "sched"]), "holds the parts"),
+                                          (lambda info: info["train"].update(seed=5), "train.seed 5 -> 0")])
+def test_checkpoints_of_another_run_are_not_gone_on_with(run, change, told, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "r")
+    for path in (tmp_path / "r" / "checkpoints").glob("*/checkpoint.json"):
+        info = json.loads(path.read_text())
+        del info["own_sha256"]
+        change(info)
+        path.write_text(json.dumps(info))
+    fails(words(tmp_path / "r", "--steps", "6", "--checkpoint-every", "2", "--keep", "3"), capsys, "source_only-0000006", told)
+
+
+def test_a_checkpoint_under_another_name_is_passed_over(run, tmp_path):
+    shutil.copytree(run, tmp_path / "r")
+    (tmp_path / "r" / "checkpoints" / "source_only-0000006").rename(tmp_path / "r" / "checkpoints" / "source_only-0000009")
+    with pytest.warns(UserWarning, match="holds step 6 of stage source_only, whatever its name"): assert open_run(tmp_path / "r").step == 4
+
+
+def test_a_checkpoint_nested_without_end_is_passed_over(run, tmp_path):
+    shutil.copytree(run, tmp_path / "r")
+    (tmp_path / "r" / "checkpoints" / "source_only-0000006" / "checkpoint.json").write_text("["*100_000)
+    with pytest.warns(UserWarning, match="going back"): assert open_run(tmp_path / "r").step == 4
+
+
+def test_scores_of_several_at_once_are_all_kept(run, tmp_path):
+    shutil.copytree(run, tmp_path / "r")
+    (scores,) = read_scores(tmp_path / "r").values()
+    with ThreadPoolExecutor(8) as pool: list(pool.map(lambda i: save_scores(tmp_path / "r", f"data {i}", scores), range(16)))
+    assert len(read_scores(tmp_path / "r")) == 17 and not (tmp_path / "r" / ".scores.lock").exists()
+
+
 def test_leftovers_and_surplus_checkpoints_go_at_the_next_start(tmp_path):
     go(tmp_path, replace(CFG, keep=4))
     assert there(tmp_path) == [f"train-000000{t}" for t in (2, 4, 6, 8)]
+    living = core._scratch(tmp_path / "scores.json")                          # somebody else is writing this one
     for left in (".metrics.csv.1.tmp", "checkpoints/.train-0000008.2.tmp", "pseudo/.a.png.3.tmp"): (tmp_path / left / "x").mkdir(parents=True)
     go(tmp_path, replace(CFG, keep=1))
-    assert there(tmp_path) == ["train-0000008"] and not list(tmp_path.rglob("*.tmp"))
+    assert there(tmp_path) == ["train-0000008"] and list(tmp_path.rglob("*.tmp")) == [living[0]]
+    os.close(living[1])
+
+
+def test_a_folder_that_was_being_replaced_is_still_there(tmp_path):
+    """Killed or stopped between the two renames: the old one comes back, whatever it is called."""
+    for name in ("best", "old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").write_text("whole")
+        with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / name) as p:
+            os.replace(tmp_path / name, p.with_name(f"{name}.before"))
+            raise KeyboardInterrupt
+        assert (tmp_path / name / "a").read_text() == "whole"
+        (tmp_path / f".{name}.12345678.tmp").mkdir()
+        os.replace(tmp_path / name, tmp_path / f".{name}.12345678.tmp" / f"{name}.before")
+        with atomic_path(tmp_path / name) as p: (p.mkdir(), (p / "b").touch())
+        assert [q.name for q in (tmp_path / name).iterdir()] == ["b"]
+    assert sorted(q.name for q in tmp_path.iterdir()) == ["best", "old"]
 
 
 # ---- numbers
@@ -319,6 +425,18 @@ def test_a_network_that_is_nan_is_not_scored(run, tmp_path, capsys):
     fails(["eval", tmp_path / "r", "--data", TARGET], capsys, "source_only-0000006", "holds NaN")
     fails(words(tmp_path / "s", "--weights", tmp_path / "r"), capsys, "holds NaN")
     assert not (tmp_path / "s").exists()
+
+
+def test_a_network_whose_numbers_grow_beyond_all_bounds_is_not_scored(run, tmp_path, capsys):
+    """Each weight is finite, what comes out is not."""
+    state = {k: v*1e20 if v.is_floating_point() else v for k, v in open_run(run).net.state_dict().items()}
+    save_file(state, tmp_path / "w.safetensors")
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (64, 48), (90, 30, 60)).save(tmp_path / "photos" / "a.png")
+    file = [tmp_path / "w.safetensors", "--net", "pbal_small"]
+    for args in (["eval", *file, "--data", TARGET], ["validate", *file, "--data", TARGET], ["report", *file, "--data", TARGET, "--out", tmp_path / "p.html"],
+                 ["predict", file[0], tmp_path / "photos", *file[1:], "--out", tmp_path / "p"]): fails(args, capsys, "the network gives NaN")
+    assert not (tmp_path / "p.html").exists() and not list((tmp_path / "p").glob("*"))
 
 
 # ---- disks
@@ -391,7 +509,7 @@ def test_an_error_without_a_file_gets_one(tmp_path):
 
 
 @pytest.mark.parametrize("change", [lambda t: t.update(matrix=t["matrix"][:, :1].squeeze(1)), lambda t: t.update(counts=t["counts"][:3]),
-                                    lambda t: t["matrix"].view(-1)[:1].fill_(float("nan"))])
+                                    lambda t: t["matrix"].view(-1)[:1].fill_(float("nan")), lambda t: t.update(matrix=t["matrix"].long())])
 def test_prototypes_are_looked_at(change, tmp_path):
     from protonb.weights import save_weights
     state = dict(matrix=torch.ones(4, 2), counts=torch.ones(4))
@@ -400,6 +518,13 @@ def test_prototypes_are_looked_at(change, tmp_path):
     change(state)
     save_weights(tmp_path / "p.safetensors", state, dict(classes=list("abcd")))
     with pytest.raises(InputError, match="p.safetensors: damaged"): load_prototypes(tmp_path / "p.safetensors")
+
+
+@pytest.mark.parametrize("classes", [4, None, [1, 2, 3, 4], "abcd"])
+def test_the_note_of_prototypes_is_looked_at(classes, tmp_path):
+    from protonb.weights import save_weights
+    save_weights(tmp_path / "p.safetensors", dict(matrix=torch.ones(4, 2), counts=torch.ones(4)), dict(classes=classes))
+    with pytest.raises(InputError, match="p.safetensors: its note is damaged"): load_prototypes(tmp_path / "p.safetensors")
 
 
 # ---- files beside the checkpoints
@@ -439,6 +564,7 @@ def test_a_damaged_histogram_is_named_and_made_anew(key, value, tmp_path):
     path.unlink()
     (tmp_path / ".counts").mkdir(exist_ok=True)
     (tmp_path / ".counts" / f"{data.names[0]}.npy").write_bytes(b"half a not")          # what a kill left
+    (tmp_path / ".counts" / f"{data.names[1]}.npy").write_bytes(b"PK\x03\x04 is no archive")
     write_labels(segment, data, tmp_path, data.space, progress=False, network="a")
     assert path.read_bytes() == want
 
@@ -451,6 +577,15 @@ def test_a_stop_in_the_last_step_of_a_stage_ends_the_run_there(tmp_path, capsys,
     assert main(words(tmp_path / "r")) == 130 and "stopped at step 3" in capsys.readouterr().out
     monkeypatch.setattr(T, "_save", real)
     assert main(words(tmp_path / "r")) == 0
+
+
+def test_a_stop_while_the_best_is_measured_ends_the_run_with_that_checkpoint(tmp_path, capsys, monkeypatch):
+    from protonb import methods
+    real, train = methods.judge_of, tiny.train("mixteacher", tmp_path / "r", "--best", "entropy")
+    monkeypatch.setattr(methods, "judge_of", lambda job: lambda parts: (os.kill(os.getpid(), signal.SIGINT), real(job)(parts))[1])
+    assert main(train) == 130 and "stopped at step 1 with a checkpoint" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert main(train) == 0 and there(tmp_path / "r")[-1] == "mixteacher-0000002" and (tmp_path / "r" / "best" / "entropy").is_dir()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

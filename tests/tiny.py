@@ -48,5 +48,5 @@ def others(run, out, photos):
 def bits(folder):
     """What a run or a command leaves, as far as two equal ones must agree: name -> bytes."""
     files = {p.relative_to(folder).as_posix(): p for p in sorted(Path(folder).rglob("*")) if p.is_file()}
-    told = ("timing.csv", ".lock", "checkpoint.json", "config.json", ".html")    # times, folders of the machine
+    told = ("timing.csv", ".lock", "checkpoint.json", "config.json", "adapt.json", ".html")    # times, folders of the machine
     return {n: p.read_bytes() for n, p in files.items() if not n.endswith(told)}
