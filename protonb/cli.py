@@ -266,7 +266,7 @@ class Report:
     split:str = 'val'            # Split of the data set
     out:Path|None = None         # HTML file; report.html in the last run folder when left out
     images:Whole(0, 1000) = 4    # Rows of pictures
-    explore:Whole(0, 6) = 6      # Images to point at, in the explorer; 0 leaves it out
+    explore:Whole(0, 6) = 6      # Images to point at, in the explorer of the first and the last run; 0 leaves it out
     look:OmitArgPrefixes[TestTime] = TestTime()     # Windows, sizes, mirror images
     file:OmitArgPrefixes[FileOptions] = field(default_factory=FileOptions)     # What a bare weight file does not say
     device:Literal['auto', 'cpu', 'cuda'] = 'auto'  # Where to compute

@@ -503,13 +503,14 @@ JS_EXPLORER = ('(() => {\n"use strict"' + JS_DATA + JS_PIXEL + JS_PAINT + JS_DRA
 # %% ../nbs/04_learning/21_explorer.ipynb #ex000058
 CSS_EXPLORER = """
 .x-main{display:grid;grid-template-columns:minmax(0,1.75fr) minmax(300px,1fr);gap:14px 26px;align-items:start}
+.x-main>:nth-child(2){grid-area:1/2/3}.x-main>:nth-child(3){grid-area:2/1/4}.x-main>:nth-child(4){grid-area:3/2}
 .x-tools{display:flex;flex-wrap:wrap;gap:8px 14px;margin:2px 0 10px}.x-tools span{display:inline-flex;flex-wrap:wrap;gap:4px}
 #explorer-page button{font:inherit;font-size:14px;color:inherit;background:none;border:1px solid var(--line);border-radius:8px;
 padding:4px 11px;cursor:pointer;max-width:100%;overflow-wrap:anywhere}
 #explorer-page button[aria-pressed=true]{background:#0072b2;border-color:#0072b2;color:#fff}
 #explorer-page :focus-visible{outline:2px solid var(--m1);outline-offset:2px}
 #explorer-page canvas{display:block;width:100%;border-radius:8px;cursor:crosshair}[data-part=image]{touch-action:none}
-#explorer-page [data-part=cloud]{height:420px;touch-action:pan-y;border:1px solid var(--line)}
+#explorer-page [data-part=cloud]{height:540px;touch-action:pan-y;border:1px solid var(--line)}
 [data-part=said]{min-height:4.7em;margin:8px 0;overflow-wrap:anywhere}
 .x-scale{display:flex;align-items:center;gap:8px;font-size:13px;font-variant-numeric:tabular-nums;margin:6px 0 0;flex-wrap:wrap}
 .x-scale i{flex:1 1 90px;max-width:190px;height:10px;border-radius:5px;
@@ -530,7 +531,10 @@ align-items:center;text-align:left;border:0;border-radius:6px;padding:2px 5px;fo
 .x-head i{position:static;width:18px;height:6px;margin-right:6px;vertical-align:2px}
 .x-keys{display:grid;grid-template-columns:auto 1fr;gap:3px 14px;font-size:13.5px;align-items:baseline;margin-bottom:8px}
 kbd{font:12px ui-monospace,Menlo,Consolas,monospace;border:1px solid var(--line);border-bottom-width:2px;border-radius:5px;padding:0 5px}
-@media(max-width:820px){.x-main{grid-template-columns:minmax(0,1fr)}#explorer-page [data-part=cloud]{height:320px}}
+@media(max-width:820px){.x-main{grid-template-columns:minmax(0,1fr)}#explorer-page .x-main>*{grid-area:auto}
+#explorer-page [data-part=cloud]{height:320px}
+[data-part=said]{min-height:6.2em}}
+@media(pointer:coarse){#explorer-page .x-row{padding:6px 5px}}
 @media print{.x-tools,.x-keys{display:none}}
 """  # Style of its bars and keys
 
