@@ -290,7 +290,7 @@ const heat = once((net, image, k) => {
 })
 const colours = [...Array(256).keys()].map(k => k < K ? [...D.palette[k], 190] : [0, 0, 0, 0])
 const area = once((net, image) => painted(...D.images[image].stored, i => colours[labels(net, image)[i]]))
-const photo = once(image => Object.assign(new Image(), {src: D.images[image].src, onload: () => draw()}))
+const plain = once(image => Object.assign(new Image(), {src: D.images[image].src, onload: () => draw()}))
 """  # The script: what lies over an image
 
 # %% ../nbs/04_learning/21_explorer.ipynb #ex000044
@@ -304,7 +304,7 @@ function draw() {
   const [W, H] = D.images[S.image].size, [g, w, h, d] = sheet(part('image'), H/W), s = w/W, m = map()
   const [x0, px, nx] = m.across, [y0, py, ny] = m.down, labelled = {truth: -1, called: S.net}[S.view]
   g.imageSmoothingEnabled = true
-  if (photo(S.image).complete) g.drawImage(photo(S.image), 0, 0, w, h)
+  if (plain(S.image).complete) g.drawImage(plain(S.image), 0, 0, w, h)
   g.imageSmoothingEnabled = false
   if (S.view === 'map') g.drawImage(heat(S.net, S.image, S.cls), x0*s, y0*s, nx*px*s, ny*py*s)
   else if (labelled !== undefined && labels(labelled, S.image)) g.drawImage(area(labelled, S.image), 0, 0, w, h)

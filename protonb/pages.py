@@ -62,10 +62,11 @@ def explorer_of(
     runs:dict,       # Title -> opened Run; the first and the last are shown
     data,            # Images to point at
     source=None,     # Labelled source images, for the prototypes of runs that have none; those of `data` when left out
-    images=6,        # How many to point at, evenly spread
+    images=6,        # How many to point at, evenly spread; 0: no explorer
     look=TestTime(), # For the predictions
 ):                   # Content for `write_report`, or None where no label says what a class looks like
     "The explorer of some runs, see `protonb.explorer`."
+    if not images: return None
     labelled,words = (data, 'these labelled images') if source is None else (source, 'labelled source images')
     lenses,of = [],min(len(labelled), 16)
     for t,r in dict([list(runs.items())[0], list(runs.items())[-1]]).items():
@@ -92,17 +93,15 @@ def make_report(
     look=TestTime(), # Windows, sizes, mirror images
 ):
     "Everything about some runs on one page."
-    at = [round(i*(len(data)-1)/max(images-1, 1)) for i in range(min(images, len(data)))]
-    seen = lambda r, image: label_map(ready(r, look), image.to(device_of(r))).cpu()
-    panels = [(data.names[i], x, truth_in(y), {t: seen(r, x) for t,r in runs.items()}) for i in at for x,y in [data[i]]]
+    seen = lambda image: {t: label_map(ready(r, look), image.to(device_of(r))).cpu() for t,r in runs.items()}
+    panels = [(data.names[i], x, truth_in(y), seen(x)) for i in spread_over(len(data), images) for x,y in [data[i]]]
     proto = next((r for r in runs.values() if r.prototypes is not None), None)
     feats = {n: sampled_features(proto, d) for n,d in (('source', source), ('target', data)) if d is not None} if proto else None
     curves = {t: {k: v for k,v in read_metrics(r.dir).items() if 'loss' in k or k in ('query', 'support')}
               for t,r in runs.items() if r.dir.is_dir()}
-    explorer = explorer_of(runs, data, source, explored, look) if explored else None
-    write_report(path, title=title, summary=summary, scores=scores, panels=panels, explorer=explorer, curves=curves, features=feats,
-                 prototypes=proto.prototypes.matrix if proto else None, config={t: r.config for t,r in runs.items()},
-                 commands=list(commands), versions=versions_of(runs), space=data.space)
+    write_report(path, title=title, summary=summary, scores=scores, panels=panels, curves=curves, features=feats, space=data.space,
+                 explorer=explorer_of(runs, data, source, explored, look), prototypes=proto.prototypes.matrix if proto else None,
+                 config={t: r.config for t,r in runs.items()}, commands=list(commands), versions=versions_of(runs))
     print(f'report: {path}')
 
 # %% ../nbs/07_shell/01b_pages.ipynb #pg000002
