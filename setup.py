@@ -37,6 +37,7 @@ setup(
         "backbones": words("backbones_requirements"),
         "coco": words("coco_requirements"),
         "site": words("site_requirements"),
+        "explorer": words("explorer_requirements"),
         "foundation": words("foundation_requirements"),
         "triton": words("triton_requirements"),
     },

@@ -377,7 +377,8 @@ def show(
                   mark=mark_of(run, TestTime()))
     print(f'predictions of {n} target images: {o.out/"predictions"}')
     make_report(o.out/'report.html', runs, scores, Unlabelled(sample) if d.val is None else d.val, title='Start and adapted',
-                summary=f'{len(d.target)} target images, {len(d.known) if d.known else "none"} with labels.', commands=[words_of(o)])
+                source=d.source, summary=f'{len(d.target)} target images, {len(d.known) if d.known else "none"} with labels.',
+                commands=[words_of(o)])
 
 # %% ../nbs/07_shell/03_adapt.ipynb #ad000044
 def adapt(

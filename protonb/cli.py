@@ -266,6 +266,7 @@ class Report:
     split:str = 'val'            # Split of the data set
     out:Path|None = None         # HTML file; report.html in the last run folder when left out
     images:Whole(0, 1000) = 4    # Rows of pictures
+    explore:Whole(0, 6) = 6      # Images to point at, in the explorer of the first and the last run; 0 leaves it out
     look:OmitArgPrefixes[TestTime] = TestTime()     # Windows, sizes, mirror images
     file:OmitArgPrefixes[FileOptions] = field(default_factory=FileOptions)     # What a bare weight file does not say
     device:Literal['auto', 'cpu', 'cuda'] = 'auto'  # Where to compute
@@ -287,7 +288,7 @@ def report(o:Report):  # The options
     scores = scored(runs, data, name, o.look)
     print(compare_table(scores))
     make_report(page, runs, scores, data,
-                title=', '.join(runs), summary=f'{name}, {len(data)} images', images=o.images, look=o.look,
+                title=', '.join(runs), summary=f'{name}, {len(data)} images', images=o.images, explored=o.explore, look=o.look,
                 commands=[f'protonb report {" ".join(map(str, o.runs))} --data {o.data}'])
     return 0
 

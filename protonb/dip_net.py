@@ -92,13 +92,13 @@ class DIPNet(nn.Module):
         self.frozen_prefixes,self.head_prefixes = tuple(frozen),('ppm','down','projector')
         for i,layer in enumerate(stages): self.add_module(f'layer{i}', layer)
         norm,wide = HEAD_NORMS[head_norm],widths[4] + (widths[2] if fuse == 'l4+l2' else 0)
-        self.ppm = PyramidPooling(wide, wide//4, norm)
-        self.down = nn.Sequential(*conv_norm(wide + 4*(wide//4), channels, norm))
+        self.ppm,self.down = PyramidPooling(wide, wide//4, norm),nn.Sequential(*conv_norm(wide + 4*(wide//4), channels, norm))
         self.projector = make_projector(channels, projector_layers, norm, num_classes)
 
-    def forward(self, x):  # (B,3,H,W) normalised -> features (B,C,h,w)
+    def forward(self, x, features=False):  # (B,3,H,W) normalised; with a classifier, its input too -> features (B,C,h,w) or logits
         high = self.layer4(self.layer3(low := self.layer2(self.layer1(self.layer0(x)))))
-        return self.projector(self.down(self.ppm(high if self.fuse == 'l4' else torch.cat([high, low], 1))))
+        x = self.down(self.ppm(high if self.fuse == 'l4' else torch.cat([high, low], 1)))
+        return (self.projector[-1](f := self.projector[:-1](x)), f) if features else self.projector(x)
 
 # %% ../nbs/03_models/03_dip_net.ipynb #71433355
 def dip_resnet101(

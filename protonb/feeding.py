@@ -99,12 +99,15 @@ class Segmenter:
         return h, w or max(1, round(W*h/H))
 
     @torch.no_grad()
-    def grid(self, images):  # (B,3,h,w)
-        "(B,3,h,w) as they are -> logits (B,K,.,.) on the feature grid."
-        z = self.net(network_input(self.net, images.to(self.device), self.feed.input))
-        if self.prototypes is None: return z
-        P,ok = self.prototypes.matrix.to(z.device),self.prototypes.valid.to(z.device)
-        return prototype_logits(z, P, scale=self.feed.scale).masked_fill(~ok[None, :, None, None], -torch.inf)
+    def grid(self, images, features=False):  # (B,3,h,w); the features too
+        "(B,3,h,w) as they are -> logits (B,K,.,.), or these and the features (B,C,.,.) behind them, each on its grid."
+        x = network_input(self.net, images.to(self.device), self.feed.input)
+        if self.prototypes is None: return self.net(x, features=True) if features else self.net(x)
+        P,ok = self.prototypes.matrix.to(x.device),self.prototypes.valid.to(x.device)
+        z = prototype_logits(f := self.net(x), P, scale=self.feed.scale).masked_fill(~ok[None, :, None, None], -torch.inf)
+        return (z, f) if features else z
+
+    def both(self, images): return self.grid(resampled(images.to(self.device), self.base(images.shape[2:])), True)  # -> logits, features
 
     def __call__(self, images):  # uint8 (B,3,H,W) -> logits (B,K,h,w)
         z = self.grid(resampled(images.to(self.device), self.base(images.shape[2:])))

@@ -439,9 +439,12 @@ def page(
 # %% ../nbs/04_learning/05_report.ipynb #0e5066ac
 ABOUT = dict(
     pictures='Columns: the image, what it truly shows, what each method makes of it. Black: not labelled.',
+    explorer='Point at a pixel: how similar is its feature to the prototype of each class? Choose a class: where is it found?',
     training='Faint: as logged. Strong: running mean.',
     prototypes='A prototype is the mean feature of a class; a pixel gets the class whose prototype it resembles most.',
     setup='Everything needed to do it again. A click selects a command.')  # section -> its explanation
+
+def _about(title, content): return _section(title, ABOUT[title.lower().replace('-', '')], content)
 
 # %% ../nbs/04_learning/05_report.ipynb #4ae2f0e8
 def write_report(
@@ -451,6 +454,7 @@ def write_report(
     summary='',       # A sentence or two below the title
     scores=None,      # Name -> Scores, baseline first
     panels=(),        # List of (name, image uint8 (3,H,W), truth (H,W) or None, {method: (H,W) train ids})
+    explorer=None,    # From `explorer.explorer_section`
     curves=None,      # name -> (steps, values), or {stage: such a dict}
     prototypes=None,  # (K,C) tensor
     features=None,    # Domain -> (pixel features (N,C), train ids (N,)), source first
@@ -462,10 +466,9 @@ def write_report(
     "Write the whole report as one self-contained HTML file; parts that are missing are left out."
     space = space or (next(iter(scores.values())).space if scores else CITYSCAPES)
     result, classes = _score_sections(scores)
-    pictures = _section('Pictures', ABOUT['pictures'], panels_section(panels, space)) if panels else None
-    training = _section('Training', ABOUT['training'], curves_section(curves)) if curves else None
     points = prototypes_section(prototypes, space, features) if prototypes is not None else None
-    setup = _section('Set-up', ABOUT['setup'], setup_section(config, commands, versions))
-    sections = [result, pictures, classes, training, _section('Prototypes', ABOUT['prototypes'], points), setup]
+    sections = [result, _about('Pictures', panels_section(panels, space) if panels else None), _about('Explorer', explorer), classes,
+                _about('Training', curves_section(curves) if curves else None), _about('Prototypes', points),
+                _about('Set-up', setup_section(config, commands, versions))]
     with atomic_path(path) as p: p.write_text(page(title, summary, sections), encoding='utf-8')
     return Path(path)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 from .core import InputError, rng_for
 from .evaluation import _NO_NUMBER, confusion_matrix, iou
-from .feeding import Segmenter, enlarged, network_input, resampled
+from .feeding import Segmenter, enlarged, resampled
 from .ops import masked_average_pool, prototype_logits, soft_neighbourhood_density
 from .sampling import spread_over
 
@@ -35,9 +35,7 @@ class Look:
 def _answer(segment, images):
     "Logits (B,K,h,w), and features (B,C,h,w) on the same grid."
     if not isinstance(segment, Segmenter): return (z := segment(images)), z
-    view = resampled(images.to(segment.device), segment.base(images.shape[2:]))
-    x = network_input(segment.net, view, segment.feed.input)
-    z,f = segment.net(x, features=True) if segment.prototypes is None else (segment.grid(view), segment.net(x))
+    z,f = segment.both(images)
     return z, f if f.shape[2:] == z.shape[2:] else enlarged(f, z.shape[2:], segment.feed.enlarge)
 
 def _other_view(segment, images, scale, size):
