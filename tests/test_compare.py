@@ -202,14 +202,14 @@ def test_processes_share_the_work_and_agree(small, tmp_path, capsys):
 
 
 def test_what_was_killed_goes_on_to_the_same_end(small, tmp_path):
-    plan = small(start=30)
+    plan = small(start=12)
     with subprocess.Popen(command(*words(plan, tmp_path / "killed", "--only", "start")), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as p:
         run = tmp_path / "killed/seed0/start"
         for _ in range(3000):
             if checkpoints(run) or p.poll() is not None: break
             time.sleep(.1)
         p.send_signal(signal.SIGKILL)
-    assert checkpoints(run)[-1][0] < 30 and not (run / "compare.json").exists()
+    assert checkpoints(run)[-1][0] < 12 and not (run / "compare.json").exists()
     for out in ("killed", "whole"): assert main(words(plan, tmp_path / out, "--only", "start")) == 0
     assert [r["miou"] for r in rows(tmp_path / "killed/results.csv").values()] == [r["miou"] for r in rows(tmp_path / "whole/results.csv").values()]
 
