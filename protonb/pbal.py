@@ -171,7 +171,8 @@ def bpl(
     opt,sched = pbal_optimizer(net, cfg)
     opt_d = torch.optim.Adam(disc.parameters(), lr=cfg.lr_disc, betas=(.9, .99))
     net,disc,opt,opt_d = acc.prepare(net, disc, opt, opt_d)
-    make = paired(source=labelled(source, cfg.window, seed, colour=jitter_at(cfg.colour)), target=unlabelled(Unlabelled(target), cfg.window, seed))
+    source = labelled(source, cfg.window, seed, colour=jitter_at(cfg.colour))
+    make = paired(source=source, target=unlabelled(Unlabelled(target), cfg.window, seed))
     one = lambda batch: bpl_step(net, disc, opt, opt_d, sched, batch, cfg, acc.backward, sum_over(acc))
     parts = dict(net=net, disc=disc, opt=opt, opt_d=opt_d, sched=sched)
     return fit(one, feed(make, run, acc), parts, run, run_dir=run_dir, stage=stage, config=dict(config or {}, hyper=cfg),

@@ -160,7 +160,7 @@ def everything(
     "Every method with every kind of label that it takes."
     stretched = 5*Situation(steps, 1, 1, 1, 2).length      # PBAL's windows and colours alone, for as long as all its stages
     views = dict(until='warm_up', steps=5*steps, settings={'warm_up.adversarial': 0., 'warm_up.max_iter': stretched}, folder='views')
-    rows = [Entry('iapc', 'iapc'), Entry('pbal', 'pbal', adabn=True), Entry('views of pbal', 'pbal', **views)]
+    rows = [Entry('iapc', 'iapc', adabn=True), Entry('pbal', 'pbal', adabn=True), Entry('views of pbal', 'pbal', **views)]
     rows += [Entry('proda', 'proda', adabn=True)]
     rows += [Entry(f'wdass {k}', 'wdass', k, adabn=True) for k in labels if k in KINDS]
     rows += [Entry(f'pixda {k}', 'pixda', k, folder=f'pixda_{k.split("-")[0]}') for k in labels if k.endswith('-shot')]

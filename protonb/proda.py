@@ -418,7 +418,8 @@ def _fitted(s:Situation):
     every,window = dict(head_factor=1., length=s.length, mean_std=True),dict(window=fitted_window(s))
     slow = dict(ema=memory(s, .25), proto_momentum=memory(s, .25, s.batch), consistency=.1, window=fitted_window(s, 0))
     return ProDA(AdversarialWarmUp(lr=learning_rate(s, .02), freeze_bn=False, **every, **window),
-                 Denoise(lr=learning_rate(s, .02), **every, **slow), Distill(lr=learning_rate(s, .02), kd=float(s.classes), **every, **window))
+                 Denoise(lr=learning_rate(s, .02), **every, **slow),
+                 Distill(lr=learning_rate(s, .02), kd=float(s.classes), **every, **window))
 
 # %% ../nbs/05_methods/05_proda.ipynb #7e946a15
 def _warm_up(job):

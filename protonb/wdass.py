@@ -99,6 +99,7 @@ def confident(
     top,ids = logits.detach().float().max(1)
     return ids, (top - logits.detach().float().logsumexp(1)).exp()
 
+# %% ../nbs/05_methods/06_wdass.ipynb #04b2737a
 def _rows(height): return (15, 120) if height > 135 else (15*height//512, 120*height//512)     # released for 512 rows
 
 def mixing_weight(

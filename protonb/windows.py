@@ -308,7 +308,8 @@ def check_fits(
     for side in ('crop_height', 'crop_width'):
         if (n := getattr(window, side)) and all((n-m)%stride for m in more):
             rest = f' plus {" or ".join(map(str, more))}' if any(more) else ''
-            raise InputError(f'{side} is {n}; expected a multiple of {stride}{rest}, for example {max(1, (n-more[0])//stride)*stride+more[0]}')
+            good = max(1, (n-more[0])//stride)*stride + more[0]
+            raise InputError(f'{side} is {n}; expected a multiple of {stride}{rest}, for example {good}')
     pads = isinstance(window, Augment) or window.pad
     if pads: _not_all_frame(window, dataset)
     if pads or window.base_height or not (window.crop_height or window.crop_width): return window

@@ -106,7 +106,7 @@ def test_the_plan_of_streets_trains_what_the_script_trains(tmp_path, monkeypatch
     for folder, job in ours.items():
         same(job, theirs[f"seed{seed}/{folder}"])
         assert job.run_dir == theirs[f"seed{seed}/{folder}"].run_dir
-    assert bench.score.names == [f"real_2_{i:05}" for i in range(60)] and open_plan(plan, tuning=True).score.names[0] == "real_7_00000"
+    assert bench.score.names == [f"real_11_{i:05}" for i in range(100)] and open_plan(plan, tuning=True).score.names[0] == "real_7_00000"
 
 
 def test_the_plan_of_photographs_trains_what_the_script_trains(tmp_path, monkeypatch, data):
@@ -144,8 +144,8 @@ def test_the_numbers_are_those_of_the_script(tmp_path, monkeypatch, small):
     setup = streets.Setup(height=49, width=65, start=3, steps=4, batch=2, images=4, group=lambda name: int(name[-1]) % 2)
     monkeypatch.setattr(streets.Bench, "run", lambda self, steps: streets.Train(steps, 2, self.seed, device="cpu", checkpoint_every=1))
     data = dict(source=bench.source, target=bench.target, val=bench.score)
-    theirs = streets.fill(streets.Bench(tmp_path / "script", 0, data, setup, ("1-shot",)),
-                          ("start", "adabn", "source_only", "oracle", "fine_tuning", "wdass", "pixda", "joint", "mixteacher"), "command")
+    def rows(kind, names): return streets.fill(streets.Bench(tmp_path / "script", 0, data, setup, (kind,)), names, "command")
+    theirs = rows("1-shot", ("start", "adabn", "source_only", "oracle", "fine_tuning", "pixda", "joint", "mixteacher")) + rows("point", ("wdass",))
     script = {r["stage"].replace("adabn", "start, AdaBN"): 100*s.miou for r, s in zip(theirs, found)}
     entries = [e for e in entries_of(plan, bench.there) if e.name != "joint point"]
     work(bench, entries)
