@@ -376,7 +376,6 @@ class WDASS:
     source_width:Edge = 1280      # ... and width
     jitter:Tint = .25             # Strength of the colour change of every image, 0..0.5; 0: none
     enlarge:Literal[ENLARGE] = 'centred'  # Where the corners lie when logits are enlarged, in training and at test time
-
     def agree(self): return _rules(self)  # What must hold
 
 # %% ../nbs/05_methods/06_wdass.ipynb #0d924774
