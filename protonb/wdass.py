@@ -348,11 +348,12 @@ class Mix:
     strength:Tint = .25           # Of that colour change
 
 # %% ../nbs/05_methods/06_wdass.ipynb #7ecd527f
-def _rules(cfg): yield bool(cfg.source_height) == bool(cfg.source_width), 'source_height source_width', 'a size, or 0 and 0: as they are'
+class _Agreeing:
+    def agree(self): yield bool(self.source_height) == bool(self.source_width), 'source_height source_width', 'a size, or 0 and 0: as they are'
 
 # %% ../nbs/05_methods/06_wdass.ipynb #ce1e68a7
 @checked_dataclass
-class WDASS:
+class WDASS(_Agreeing):
     "Hyper-parameters; the defaults are the released run's with its mistakes put right, and each mistake can be had back."
     labels:Literal['coarse', 'point', 'image'] = 'coarse'      # Kind of weak label
     image_label_scope:Literal['crop', 'image'] = 'crop'        # Which classes an image is said to show: those of the window, or all
@@ -376,7 +377,6 @@ class WDASS:
     source_width:Edge = 1280      # ... and width
     jitter:Tint = .25             # Strength of the colour change of every image, 0..0.5; 0: none
     enlarge:Literal[ENLARGE] = 'centred'  # Where the corners lie when logits are enlarged, in training and at test time
-    def agree(self): return _rules(self)  # What must hold
 
 # %% ../nbs/05_methods/06_wdass.ipynb #0d924774
 def _fitted(s:Situation):
