@@ -349,7 +349,8 @@ class Mix:
 
 # %% ../nbs/05_methods/06_wdass.ipynb #7ecd527f
 class _Agreeing:
-    def agree(self): yield bool(self.source_height) == bool(self.source_width), 'source_height source_width', 'a size, or 0 and 0: as they are'
+    def agree(self):
+        yield bool(self.source_height) == bool(self.source_width), 'source_height source_width', 'a size, or 0 and 0: as they are'
 
 # %% ../nbs/05_methods/06_wdass.ipynb #ce1e68a7
 @checked_dataclass
