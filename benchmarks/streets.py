@@ -10,7 +10,7 @@ import argparse
 import copy
 import statistics
 import time
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,8 +21,9 @@ from protonb.evaluation import evaluate
 from protonb.feeding import segmenter
 from protonb.few_shot import draw_shots
 from protonb.labels import CITYSCAPES, ClassSpace
+from protonb.plans import with_settings
 from protonb.pseudo_labels import PartlyLabelled, Unlabelled
-from protonb.recipes import Situation
+from protonb.recipes import Situation, flat
 from protonb.runs import METHODS, build_net, space_to_dict
 from protonb.streets import REAL, SYNTHETIC, Streets
 from protonb.teachers import adapt_statistics
@@ -60,8 +61,10 @@ class Setup:
         steps = self.steps if start == 'trained' else self.start
         cfg = METHODS[name].fitted(Situation(steps, self.batch, self.height, self.width, self.space.num_classes, self.images, start, self.net.endswith('_small')))
         tries = {k: v for k, v in self.tries if not k.startswith('start.')} if start == 'trained' else self.start_tries
-        for name, value in tries.items(): cfg = changed(cfg, name.split('.'), value)
-        return at_rate(cfg, float(tries['rate'])) if 'rate' in tries else cfg
+        known = flat(cfg)
+        cfg = with_settings(cfg, {k: type(known[k])(v) for k, v in tries.items() if k in known})
+        rates = {k: v for k, v in flat(cfg).items() if k.split('.')[-1] == 'lr'}      # also of a method's stages; discriminators keep theirs
+        return with_settings(cfg, {k: float(tries.get('rate', 1))*v for k, v in rates.items()})
 
     @property
     def start_tries(self): return {k[6:]: v for k, v in self.tries if k.startswith('start.')}
@@ -70,20 +73,6 @@ class Setup:
 
     @property
     def about(self): return dict(net=self.net, space=space_to_dict(self.space))
-
-
-def changed(cfg, path, value):
-    "Settings with one value, given as text, at a dotted name; as they are where they have no such name."
-    name, *rest = path
-    if not hasattr(cfg, name): return cfg
-    old = getattr(cfg, name)
-    return replace(cfg, **{name: changed(old, rest, value) if rest else type(old)(value)})
-
-
-def at_rate(cfg, factor):
-    "Settings with all learning rates, also those of a method's stages, times a factor; the discriminators keep theirs."
-    new = {f.name: at_rate(getattr(cfg, f.name), factor) for f in fields(cfg) if is_dataclass(getattr(cfg, f.name))}
-    return replace(cfg, **new, **({'lr': factor*cfg.lr} if hasattr(cfg, 'lr') else {}))
 
 
 class Bench:

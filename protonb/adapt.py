@@ -28,8 +28,8 @@ from .options import _weak, names_in, options_of, probe, space_named
 from .pages import make_report, scored
 from .pseudo_labels import Unlabelled
 from .recipes import Situation, choice_table, size
-from .runs import (ADAPTABLE, METHODS, FileOptions, Run, build_net, device_of, go_on, mark_of, open_any, open_run, ready,
-                          space_to_dict, start_kind)
+from .runs import (ADAPTABLE, METHODS, FileOptions, Run, build_net, device_of, go_on, mark_of, open_any, net_options, open_run,
+                          ready, space_to_dict, start_kind)
 from .settings import Real, Seed, Whole, checked_dataclass
 from .training import Train, accelerator_for, read_rows
 from .windows import to_base
@@ -255,8 +255,7 @@ def adapt_job(
     here = situation(shape, steps, o, K, len(target), net=name, most=pixels_of(o)[1] if d.source else math.prod(shape))
     cfg = replace(m.fitted(here), labels='few' if o.few else o.labels or 'none') if d.source else m.fitted(here)
     known = view(d, 'known', feed.height, feed.width, o.labels == 'point') if d.known else None
-    options = dict(options=dict(bn_clr=True)) if hasattr(net, 'bn_pretrain') else {}      # ProDA's students have one more batch norm
-    about = about_run(o, d, name, feed, **options, **(dict(images=list(d.known.names)) if o.few else {}))
+    about = about_run(o, d, name, feed, **net_options(net), **(dict(images=list(d.known.names)) if o.few else {}))
     return methods.Job(fed(m, feed), cfg, run_for(o, steps), o.out/'adapted', net, source_for(d, math.prod(shape)) if d.source else None,
                        together(target, known, bool(o.few)) if known else Unlabelled(target), about=about)
 

@@ -31,7 +31,7 @@ from .pages import Demo, demo, make_report, scored
 from .prototypes import class_prototypes, save_prototypes
 from .recipes import choice_table, never_heard
 from .runs import (ADAPTABLE, METHODS, FileOptions, Stopped, build_net, device_of, go_on, last_line, mark_of, open_any,
-                          open_run, read_config, read_scores, ready, score, space_to_dict, terminated)
+                          net_options, open_run, read_config, read_scores, ready, score, space_to_dict, terminated)
 from .settings import Seed, checked_dataclass, Some, Whole
 from .training import Train, accelerator_for, latest_checkpoint, versions
 from .validation import Validate, validate_runs
@@ -82,9 +82,9 @@ def open_job(
     weights,begin = getattr(o, 'weights', None),getattr(o, 'begin', 'published').replace('published', '')
     entry = getattr(o, 'entry', '')
     net = make(o.train.seed, weights, entry, print)
-    options = dict(bn_clr=True) if hasattr(net, 'bn_pretrain') else {}     # ProDA's students, where the start has it
-    about = dict(net=name, space=space_to_dict(space), **(dict(options=options) if options else {}), **_about(o, m, target))
-    fresh = lambda seed=o.train.seed: make(seed, *((o.fresh, '', None, options) if getattr(o, 'fresh', None) else (weights, entry)))
+    options,own = net_options(net),getattr(o, 'fresh', None)
+    about = dict(net=name, space=space_to_dict(space), **options, **_about(o, m, target))
+    fresh = lambda seed=o.train.seed: make(seed, *((own, '', None, options.get('options', {})) if own else (weights, entry)))
     job = methods.Job(m, o.hyper, o.train, o.out, net, source, target, fresh, about, dict(getattr(o, 'stage_steps', ())), begin)
     return job, val
 

@@ -21,7 +21,7 @@ from .feeding import segmenter
 from .pictures import method_color
 from .plans import entries_of, read_plan
 from .recipes import flat
-from .report import ABOUT, _section, curves_section, el, figure, page, panels_section, setup_section
+from .report import _about, _section, curves_section, el, figure, page, panels_section, setup_section
 from .runs import open_run
 from .sampling import spread_over
 
@@ -184,9 +184,8 @@ def write_page(
     curves = _curves(bench, [r for r in one.values() if not r['adabn']])
     setup = setup_section(settings_told(bench, entries, net), list(commands), versions(accelerator_for(Train())))
     sections = [_section('Result', ABOUT_TABLE, bars, _html(*cells(table))),
-                _section('Pictures', ABOUT['pictures'], panels_section(pictures, bench.space)) if pictures else None,
-                _section('Training', ABOUT['training'], curves_section(curves, len(curves))) if curves else None,
-                _section('Set-up', ABOUT['setup'], setup)]
+                _about('Pictures', panels_section(pictures, bench.space) if pictures else None),
+                _about('Training', curves_section(curves, len(curves)) if curves else None), _about('Set-up', setup)]
     said = f'{len(entries)} trainings a seed; {len(bench.target)} target images, scored on {len(bench.score)}.'
     with atomic_path(path) as p: p.write_text(page(bench.plan.path.stem, said, sections), encoding='utf-8')
 

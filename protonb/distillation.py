@@ -97,8 +97,9 @@ def check_windows(
     *datasets,  # Images of all domains
 ):
     "Refuse windows of any stage that do not fit an image or the grid, before the first step of the first."
-    for window,grid in dict.fromkeys((part.window, getattr(part, 'shrink', 1)) for part in vars(settings).values()):
-        for data in datasets: check_fits(window, data, grid, (0, 1))
+    grids = ((part.window, getattr(part, 'shrink', 1), getattr(part, 'more', 0)) for part in vars(settings).values())
+    for window,*grid in dict.fromkeys(grids):
+        for data in datasets: check_fits(window, data, *grid)
 
 # %% ../nbs/04_learning/16_distillation.ipynb #d830633a
 def distill_samples(
@@ -108,7 +109,7 @@ def distill_samples(
     seed=0,   # Seed of orders and windows
 ):            # position -> dict(source=(image, label), target=(image, label at a quarter))
     "Both streams side by side."
-    check_fits(cfg.window, [], cfg.shrink, (0, 1))
+    check_fits(cfg.window, [], cfg.shrink, cfg.more)
     strong = partial(rand_augment, legacy=cfg.legacy_warp)
     moved = pseudo_labelled(target, cfg.window, seed, strong=strong, shrink=cfg.shrink)
     return paired(source=labelled(source, cfg.window, seed), target=moved)
@@ -250,3 +251,4 @@ class Distill:
     mean_std:bool = False        # Images as the network wants them, by ImageNet's mean and deviation; False: x/255, as ProDA feeds
     shrink:Whole(1, 64) = 4      # Image size over the size of the maps on which labels and teacher are compared
     window:Window = PRODA_WINDOW # Scale, window and flip of all images
+    more = 0, 1                  # By so much its sides may be longer than a multiple of `shrink`

@@ -71,6 +71,11 @@ def options_said(
     there = ", ".join(sorted(known)) or "none"
     raise InputError(f'{Path(run_dir, "config.json")}: the options of its network are {options!r}; {name} has {there}')
 
+# %% ../nbs/07_shell/01_runs.ipynb #77726a1c
+def net_options(net):
+    "The same of a network that is there, as config.json has it."
+    return dict(options=dict(bn_clr=True)) if hasattr(net, 'bn_pretrain') else {}
+
 # %% ../nbs/07_shell/01_runs.ipynb #66d9a26a
 def build_net(
     name:str,          # A key of NETWORKS

@@ -30,7 +30,7 @@ from .plans import Entry, Plan, folder_of, with_settings
 # %% ../nbs/07_shell/04b_trials.ipynb #cp000005
 from .pseudo_labels import PartlyLabelled, Unlabelled
 from .recipes import Situation, flat
-from .runs import METHODS, build_net, go_on, open_run, read_config, space_to_dict, start_kind
+from .runs import METHODS, build_net, go_on, open_run, net_options, read_config, space_to_dict, start_kind
 from .teachers import adapt_statistics
 from .training import Diverged, Train, accelerator_for, latest_checkpoint, read_rows
 from .validation import candidates
@@ -142,7 +142,7 @@ def recipe(
 ):                # Settings of the method
     "What the entry's method is told: the fitted recipe, then what the entry says otherwise."
     plan,m,first = bench.plan,METHODS[entry.method],entry.name == 'start'
-    steps,K = entry.steps or (plan.run.start if first else plan.run.steps),bench.space.num_classes
+    steps,K = _steps(bench, entry),bench.space.num_classes
     start = _kind(net, K, plan.weights_of(net) or None) if first else 'trained'
     cfg = m.fitted(Situation(steps, plan.run.batch, *bench.size, K, len(bench.target), start, net.endswith('_small')))
     if hasattr(cfg, 'labels'): cfg = replace(cfg, labels='few' if entry.labels.endswith('-shot') else entry.labels)
@@ -150,6 +150,8 @@ def recipe(
 
 @lru_cache
 def _kind(*start): return start_kind(*start)      # it reads the whole file of weights
+
+def _steps(bench, entry): return entry.steps or (bench.plan.run.start if entry.name == 'start' else bench.plan.run.steps)  # of a stage
 
 # %% ../nbs/07_shell/04b_trials.ipynb #cp000019
 def home_of(
@@ -170,11 +172,9 @@ def job_of(
 )->methods.Job:
     "A training, ready to go."
     cfg,run = recipe(bench, entry, name),bench.plan.run
-    steps = entry.steps or (run.start if entry.name == 'start' else run.steps)
-    steps -= getattr(cfg, 'kd_steps', 0)                 # PixDA's distillation is a part of its budget
+    steps = _steps(bench, entry)-getattr(cfg, 'kd_steps', 0)                 # PixDA's distillation is a part of its budget
     how = Train(max(1, steps), run.batch, seed, device=bench.device, checkpoint_every=run.every, keep=run.keep)
-    options = dict(options=dict(bn_clr=True)) if hasattr(net, 'bn_pretrain') else {}      # ProDA's students have one more batch norm
-    about = dict(net=name, space=space_to_dict(bench.space)) | options
+    about = dict(net=name, space=space_to_dict(bench.space)) | net_options(net)
     return methods.Job(METHODS[entry.method], cfg, how, home_of(bench, name, seed)/folder_of(entry), net, *images_for(bench, entry, seed),
                        lambda *_: deepcopy(net), about, begin='before', progress=bench.progress)
 
@@ -286,11 +286,10 @@ def rows_for(
     about = dict(network=name, seed=seed, method=entry.method, labels=entry.labels, batch=bench.plan.run.batch)
     peak.reset()
     for title,stage,job in stages_of(bench, first, entry, name, seed):
-        steps = entry.steps or (bench.plan.run.start if entry is first else bench.plan.run.steps)
         cost = dict(seconds=seconds_a_step(job.run_dir, job.stage, job.run.batch_size), megabytes=peak.read())
         more = choices(bench, open_run(job.run_dir, stage=stage)) if bench.plan.run.keep > 2 else {}
         where = dict(stage=stage, folder=job.run_dir.name, torch=torch.__version__, date=time.strftime('%Y-%m-%d'))
-        rows.append(about | dict(entry=title, steps=steps, **measured(bench, job.net), **more, **cost, **where, adabn=False))
+        rows.append(about | dict(entry=title, steps=_steps(bench, entry), **measured(bench, job.net), **more, **cost, **where, adabn=False))
         peak.reset()
     if entry.adabn:
         net = adapt_statistics(deepcopy(job.net), bench.target)

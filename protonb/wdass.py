@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from .core import InputError, rng_for
 from .deeplabv2 import restart_heads
-from .feeding import ENLARGE, Feed, network_input
+from .feeding import ENLARGE, Feed, enlarged, network_input
 from .labels import IGNORE
 from .methods import Job, Method, accelerator_of, learn
 from .mixing import blur_batch, jitter_batch, jitter_of, mix_masks, paste
@@ -89,8 +89,7 @@ def forward_with_features(
 )->tuple:      # logits (B,K,h,w), logits (B,K,H,W), unit features (B,D,h,w)
     "Logits, small and at the size of the images, and features of length 1."
     z,f = net(network_input(net, images), features=True)
-    big = F.interpolate(z.float(), images.shape[2:], mode='bilinear', align_corners=rule == 'aligned')
-    return z.float(), big, F.normalize(f.float(), dim=1)
+    return z.float(), enlarged(z, images.shape[2:], rule), F.normalize(f.float(), dim=1)
 
 def confident(
     logits,   # (B,K,...)

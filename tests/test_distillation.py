@@ -13,7 +13,7 @@ from protonb.colour import Warp
 from protonb.core import InputError, rng_for
 from protonb.deeplab import released_repeats
 from protonb.distillation import Distill, check_windows, fitted_window
-from protonb.proda import ProDA
+from protonb.proda import METHOD, ProDA
 from protonb.pseudo_labels import HardLabels
 from protonb.recipes import Situation
 from protonb.sampling import shuffled_index
@@ -148,12 +148,15 @@ def test_repeated_updates_are_three_in_a_row(source, target):
 
 @pytest.mark.parametrize("size", [(97, 193), (65, 129), (300, 200)])
 def test_the_fitted_window_fits(size):
-    window = fitted_window(Situation(100, 2, *size, 19))
-    settings = ProDA(*(replace(part, window=window) for part in vars(ProDA()).values()))
+    here = Situation(100, 2, *size, 19)
+    settings = METHOD.fitted(here)                          # denoising has a window of its own
+    windows = {part.window for part in vars(settings).values()}
+    assert windows == {fitted_window(here), fitted_window(here, 0)}
     check_windows(settings, Streets(REAL, 3, size=size))
-    for i in range(5):
-        image, label, _ = look(torch.zeros(3, *size, dtype=torch.uint8), torch.zeros(size).long(), window, rng_for(0, i))
-        assert image.shape[1:] == label.shape == (window.crop_height, window.crop_width)
+    for window in windows:
+        for i in range(5):
+            image, label, _ = look(torch.zeros(3, *size, dtype=torch.uint8), torch.zeros(size).long(), window, rng_for(0, i))
+            assert image.shape[1:] == label.shape == (window.crop_height, window.crop_width)
 
 
 def test_a_window_that_does_not_fit_is_refused_before_the_first_step():
@@ -167,4 +170,9 @@ def test_a_window_that_does_not_fit_is_refused_before_the_first_step():
         check_windows(settings, few)
     settings.distill.window = replace(WINDOW, crop_width=50)
     with pytest.raises(InputError, match="crop_width is 50; expected a multiple of 4"):
+        check_windows(settings, Streets(REAL, 3, size=(64, 128)))
+    settings.distill.window = replace(WINDOW, crop_width=49)                       # distillation takes one pixel more ...
+    check_windows(settings, Streets(REAL, 3, size=(64, 128)))
+    settings.denoise.window = replace(WINDOW, crop_width=49)                       # ... denoising does not
+    with pytest.raises(InputError, match="crop_width is 49; expected a multiple of 4, for example 48"):
         check_windows(settings, Streets(REAL, 3, size=(64, 128)))
