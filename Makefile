@@ -1,4 +1,4 @@
-# make demo | make test | make lab | make site | make bench | make bench-gpu        each makes .venv from requirements.lock first when it is missing or stale
+# make demo | make test | make lab | make site | make bench | make bench-gpu | make table-streets        each makes .venv from requirements.lock first when it is missing or stale
 PYTHON ?= python3
 PY     ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 VENV   := .venv
@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-browser lab site readme export bench bench-gpu clean
+.PHONY: help venv demo test test-browser lab site readme export bench bench-gpu table-streets table-photographs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -53,6 +53,14 @@ bench: $(STAMP)  ## CPU benchmarks of all operations against their peers, goals 
 
 bench-gpu:  ## GPU tests, then benchmarks; runs with PY=python from a checkout, no installation (8 minutes)
 	$(PY) benchmarks/bench.py --device cuda
+
+table-streets: $(STAMP)  ## benchmarks/streets.csv: every method on drawn streets (two hours on two cores; goes on where it was stopped)
+	$(BIN)/protonb compare benchmarks/streets.toml --jobs 2
+	cp runs/streets/results.csv benchmarks/streets.csv
+
+table-photographs: $(STAMP)  ## benchmarks/photographs.csv: the same on CARLA -> CamVid, DATA=folder (four hours)
+	$(BIN)/protonb compare benchmarks/photographs.toml --root "$(DATA)" --jobs 2
+	cp runs/photographs/results.csv benchmarks/photographs.csv
 
 clean:  ## remove caches and the demo's output, keep .venv
 	rm -rf demo site _docs build dist *.egg-info .pytest_cache _proc

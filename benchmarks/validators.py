@@ -2,7 +2,7 @@
 
     python benchmarks/validators.py RUNS... [--images 32] [--pixels 16384] [--again]
 
-RUNS are run folders, or folders in which some lie, of streets.py's setup (97x193, Cityscapes' classes). Each checkpoint that is kept is a row of validators.csv, written as it comes; checkpoints that have a
+RUNS are run folders, or folders in which some lie, as those of streets.toml (97x193, Cityscapes' classes). Each checkpoint that is kept is a row of validators.csv, written as it comes; checkpoints that have a
 row already are left out without `--again`. A run is called by its path below the folder that was named. nbs/04_learning/19_validators.ipynb reads the rows.
 """
 import argparse

@@ -96,41 +96,8 @@ def test_no_row_without_green_tests(monkeypatch, tmp_path, capsys):
     assert not (tmp_path/'results.csv').exists()
 
 
-def test_every_method_of_streets_starts_from_the_common_start(tmp_path, monkeypatch):
-    import streets
-    from protonb.streets import REAL, SYNTHETIC, Streets
-    from protonb.training import Train
-    setup = streets.Setup(start=1, steps=2, batch=2)
-    monkeypatch.setattr(streets.Bench, 'run', lambda self, steps: Train(steps=1, batch_size=2, seed=self.seed, device='cpu'))
-    size = (setup.height, setup.width)
-    data = dict(source=Streets(SYNTHETIC, 4, size=size), target=Streets(REAL, 5*streets.CITIES, size=size, seed=1))
-    names = [title for name in ('start', 'wdass', 'fine_tuning', 'pixda', 'joint', 'mixteacher') for title, _ in streets.Bench(tmp_path, 3, data, setup).stages(name)]
-    weak = [f'wdass {kind}{how}' for kind in streets.KINDS for how in ('', ', AdaBN')]
-    assert names == ['start', *weak, 'fine_tuning 1-shot', 'fine_tuning 5-shot', 'pixda 1-shot', 'pixda 5-shot',
-                     *(f'joint {k}' for k in ('point', 'coarse', '1-shot', '5-shot', 'full')),
-                     *(f'mixteacher {k}' for k in ('none', 'image', 'point', 'coarse', '1-shot', '5-shot', 'full'))]
-    start = (tmp_path/'seed3'/'start'/'checkpoints').iterdir()
-    assert len(list(start)) == 1 and {p.name for p in (tmp_path/'seed3').iterdir()} >= {'wdass_point', 'pixda_5', 'fine_tuning_1'}
-
-
 def test_one_graph_at_a_time_is_measured_beside_three(capsys):
     import subprocess
     path = Path(__file__).parents[1]/'benchmarks'/'wdass_step.py'
     said = subprocess.run([sys.executable, path, '--quick', '--rounds', '1', '--steps', '1'], check=True, capture_output=True, text=True).stdout
     assert all(w in said for w in ('one at a time', 'three at once', 'memory: ', 'seconds: '))
-
-
-def test_images_for_tuning_are_whole_ends_of_sequences():
-    import photographs
-    names = [f'{s}_{i:06}' for s in ('0001TP', '0016E5') for i in range(10)]
-    last, rest = photographs.kept_back(names[::-1])
-    assert sorted(names[::-1][i] for i in last) == ['0001TP_000008', '0001TP_000009', '0016E5_000008', '0016E5_000009']
-    assert sorted(last+rest) == list(range(20))
-
-
-def test_a_table_gives_the_way_from_start_to_oracle(capsys):
-    import streets
-    rows = [dict(stage=t, seed=s, miou=str(v+s)) for s in (0, 1) for t, v in (('start', 20.), ('oracle', 40.), ('iapc', 30.))]
-    streets.table(rows)
-    said = capsys.readouterr().out.splitlines()
-    assert said[2].split()[:5] == ['iapc', '30.5', '±', '0.5', '50%'] and said[0].split()[4] == '0%'

@@ -1,25 +1,30 @@
-"""`protonb compare`: the same trainings and numbers as the scripts whose plans it carries out, resumed, shared, and every mistake in a plan one line."""
+"""`protonb compare`: the trainings and numbers that its plan names, resumed, shared, and every mistake in a plan one line."""
 import csv
 import re
 import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from protonb.cli import main
 from protonb.compare import gathered, network_of
-from protonb.plans import entries_of, folder_of, read_plan
-from protonb.training import checkpoints
-from protonb.trials import job_of, kept_back, measured, open_plan, read_results, work
+from protonb.few_shot import draw_shots
+from protonb.methods import Job, train
+from protonb.plans import entries_of, read_plan
+from protonb.pseudo_labels import PartlyLabelled
+from protonb.recipes import Situation
+from protonb.runs import METHODS, build_net, space_to_dict
+from protonb.teachers import adapt_statistics
+from protonb.training import Train, checkpoints
+from protonb.trials import images_for, kept_back, measured, open_plan, read_results, work
+from protonb.weak_labels import WeakLabels
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-import photographs  # noqa: E402
-import streets  # noqa: E402
-
 SMALL = """folder = "seed{{seed}}"
 shots = [1]
 [data]
@@ -56,109 +61,61 @@ def words(plan, out, *more): return ["compare", str(plan), "--out", str(out), "-
 def command(*words): return [sys.executable, "-c", f"import sys; from protonb.cli import main; sys.exit(main({list(words)!r}))"]
 
 
-# ---- the scripts and their plans --------------------------------------------------------------------------------------------------------------------
+# ---- the plans, and what they train ---------------------------------------------------------------------------------------------------------------
 
 
-def script_jobs(module, monkeypatch, setup, data, home, seed=0):
-    """Folder -> job of everything that the script would train; nothing is trained."""
-    jobs = {}
-
-    def note(job, until=""):
-        jobs[job.run_dir.relative_to(home).as_posix()] = job
-        return dict(finished=True, net=job.net)
-    monkeypatch.setattr(module.methods, "train", note)
-    monkeypatch.setattr(module, "adapt_statistics", lambda net, data: net)
-    for name in streets.STAGES:
-        list(module.Bench(home, seed, data, setup).stages(name))
-    return jobs
+EVERYTHING = ["start", "source_only", "oracle", "fine_tuning 1-shot", "fine_tuning 5-shot", *(f"joint {k}" for k in ("point", "coarse", "1-shot", "5-shot", "full")),
+              "iapc", "pbal", "views of pbal", "proda", *(f"wdass {k}" for k in ("image", "point", "coarse")), "pixda 1-shot", "pixda 5-shot",
+              *(f"mixteacher {k}" for k in ("none", "image", "point", "coarse", "1-shot", "5-shot", "full"))]
 
 
-def same(a, b):
-    """Whether two jobs train the same: method, settings, length, network, images and their labels."""
-    used = (lambda cfg: cfg.warm_up) if a.run_dir.name == "views" else lambda cfg: cfg          # it ends after PBAL's first stage
-    assert (a.method.name, used(a.cfg), a.begin, a.about) == (b.method.name, used(b.cfg), b.begin, b.about)
-    assert (a.run.steps, a.run.batch_size, a.run.seed, a.run.checkpoint_every) == (b.run.steps, b.run.batch_size, b.run.seed, b.run.checkpoint_every)
-    for x, y in ((a.source, b.source), (a.target, b.target)):
-        assert (x is None) == (y is None)
-        if x is None: continue
-        assert list(x.names) == list(y.names) and list(getattr(getattr(x, "few", x), "names")) == list(getattr(getattr(y, "few", y), "names"))
-        image, other = x[1], y[1]
-        assert image[0].equal(other[0])
-        if a.method.target not in ("unlabelled",) and getattr(a.cfg, "labels", "full") != "none": assert image[1].equal(other[1])
-    for p, q in zip(a.net.state_dict().values(), b.net.state_dict().values()): assert p.equal(q)
-
-
-def plan_jobs(bench, name, seed):
-    from protonb.runs import build_net
-    net = build_net(name, bench.space.num_classes, bench.plan.weights_of(name) or None, seed)
-    return {folder_of(e): job_of(bench, e, name, seed, net) for e in entries_of(bench.plan, bench.there)}
-
-
-@pytest.mark.parametrize("seed", [2])
-def test_the_plan_of_streets_trains_what_the_script_trains(tmp_path, monkeypatch, seed):
+def test_the_plan_of_streets(tmp_path):
     plan = read_plan(BENCHMARKS / "streets.toml", out=str(tmp_path))
     bench = open_plan(plan)
-    size = (streets.Setup.height, streets.Setup.width)
-    data = dict(source=streets.Streets(streets.SYNTHETIC, 300, size=size, seed=0), target=streets.Streets(streets.REAL, 200, size=size, seed=1))
-    theirs = script_jobs(streets, monkeypatch, streets.Setup(), data, tmp_path, seed)
-    ours = plan_jobs(bench, "pbal_small", seed)
-    assert {f"seed{seed}/{k}" for k in ours} == set(theirs)
-    for folder, job in ours.items():
-        same(job, theirs[f"seed{seed}/{folder}"])
-        assert job.run_dir == theirs[f"seed{seed}/{folder}"].run_dir
+    assert [e.name for e in entries_of(plan, bench.there)] == EVERYTHING
     assert bench.score.names == [f"real_11_{i:05}" for i in range(100)] and open_plan(plan, tuning=True).score.names[0] == "real_7_00000"
+    few = images_for(bench, next(e for e in entries_of(plan, bench.there) if e.name == "fine_tuning 5-shot"), 1)[0]
+    assert len(few) == 90 and {sorted(bench.target.names).index(n) % 18 for n in few.names} == set(range(18))
 
 
-def test_the_plan_of_photographs_trains_what_the_script_trains(tmp_path, monkeypatch, data):
-    root = data
-    if not (root / "carla").is_dir() or not (root / "weights").is_dir(): pytest.skip("needs CARLA, CamVid and ImageNet weights")
-    net = "pbal_mobilenetv2"
-    plan, images = read_plan(BENCHMARKS / "photographs.toml", root, out=str(tmp_path)), photographs.images(root, False)
-    bench, held, theirs = open_plan(plan), open_plan(plan, True), photographs.images(root, True)
-    assert list(images["val"].names) == list(bench.score.names)
-    assert [list(theirs[k].names) for k in ("val", "target")] == [list(d.names) for d in (held.score, held.target)]
-    setup = photographs.Setup(net, *photographs.VIEW, photographs.CAMVID, 400, 200, 4, len(images["target"]), str(root / photographs.WEIGHTS["mobilenetv2"]),
-                              photographs.city_of, unseen=photographs.UNSEEN)
-    theirs = script_jobs(streets, monkeypatch, setup, images, bench.out / net)
-    ours = plan_jobs(bench, net, 0)
-    assert {f"seed0/{k}" for k in ours} == set(theirs)
-    for folder, job in ours.items(): same(job, theirs[f"seed0/{folder}"])
+def test_the_plan_of_photographs(tmp_path, data):
+    if not (data / "carla").is_dir() or not (data / "weights").is_dir(): pytest.skip("needs CARLA, CamVid and ImageNet weights")
+    plan = read_plan(BENCHMARKS / "photographs.toml", data, out=str(tmp_path))
+    bench, held = open_plan(plan), open_plan(plan, True)
+    assert [e.name for e in entries_of(plan, bench.there)] == EVERYTHING
+    assert not {*held.target.names} & {*held.score.names} and {*held.target.names, *held.score.names} == {*bench.target.names}
+    assert not {*bench.score.names} & {*bench.target.names}
+    few = images_for(bench, next(e for e in entries_of(plan, bench.there) if e.name == "fine_tuning 1-shot"), 0)[0]
+    assert len({n.split("_")[0] for n in few.names}) == len(few) == len({n.split("_")[0] for n in bench.target.names})
 
 
-def test_images_kept_back_are_those_of_the_script():
-    names = [f"{s}_{i:06}" for s, n in (("0001TP", 124), ("0006R0", 101), ("0016E5", 305)) for i in range(n)][::-1]
-    assert kept_back(names, .2, photographs.city_of) == photographs.kept_back(names)
+def test_images_kept_back_are_whole_ends_of_sequences():
+    names = [f"{s}_{i:06}" for s in ("0001TP", "0016E5") for i in range(10)][::-1]
+    last, rest = kept_back(names, .2, lambda n: n.split("_")[0])
+    assert sorted(names[i] for i in last) == ["0001TP_000008", "0001TP_000009", "0016E5_000008", "0016E5_000009"]
+    assert sorted(last + rest) == list(range(20))
 
 
-def test_the_numbers_are_those_of_the_script(tmp_path, monkeypatch, small):
-    "Both train and score; every mIoU agrees to the last digit. Then the plan finds what the script has trained, and trains nothing."
-    kinds = '[[entry]]\nname = "wdass point"\nmethod = "wdass"\nlabels = "point"\nadabn = true\n' \
-            '[[entry]]\nname = "pixda 1-shot"\nmethod = "pixda"\nlabels = "1-shot"\nfolder = "pixda_1"\n' \
-            '[[entry]]\nname = "mixteacher 1-shot"\nmethod = "mixteacher"\nlabels = "1-shot"\n'
+def test_the_numbers_are_those_of_trainings_by_hand(tmp_path, small):
+    "A start and what goes on from it, trained by hand: every mIoU agrees to the last digit, and the page shows the networks that were scored."
+    kinds = "".join(f'[[entry]]\nname = "{m}"\nmethod = "{m}"\nlabels = "{k}"\n' for m, k in (("wdass", "point"), ("mixteacher", "1-shot")))
     plan = read_plan(small(kinds), out=str(tmp_path / "plan"))
-    monkeypatch.setattr(streets, "KINDS", ("point",))
-    monkeypatch.setattr(streets, "SHOTS", (1,))
     bench = open_plan(plan, progress=False, device="cpu")
-    found, evaluate = [], streets.evaluate
-    monkeypatch.setattr(streets, "evaluate", lambda *a, **k: found.append(evaluate(*a, **k)) or found[-1])
-    setup = streets.Setup(height=49, width=65, start=3, steps=4, batch=2, images=4, group=lambda name: int(name[-1]) % 2)
-    monkeypatch.setattr(streets.Bench, "run", lambda self, steps: streets.Train(steps, 2, self.seed, device="cpu", checkpoint_every=1))
-    data = dict(source=bench.source, target=bench.target, val=bench.score)
-    def rows(kind, names): return streets.fill(streets.Bench(tmp_path / "script", 0, data, setup, (kind,)), names, "command")
-    theirs = rows("1-shot", ("start", "adabn", "source_only", "oracle", "fine_tuning", "pixda", "joint", "mixteacher")) + rows("point", ("wdass",))
-    script = {r["stage"].replace("adabn", "start, AdaBN"): 100*s.miou for r, s in zip(theirs, found)}
-    entries = [e for e in entries_of(plan, bench.there) if e.name != "joint point"]
+    entries = [e for e in entries_of(plan, bench.there) if e.name in ("start", "wdass", "mixteacher")]
     work(bench, entries)
     ours = {r["entry"]: r["miou"] for e in entries for r in read_results(bench, entries[0], e, "pbal_small", 0)}
-    assert ours == script and len(set(ours.values())) > 6
-    for row in gathered(bench, entries): assert measured(bench, network_of(bench, row))["miou"] == row["miou"]        # what the page shows
 
-    def made(): return {p: p.stat().st_mtime_ns for p in (tmp_path / "script").rglob("checkpoints/*/*.safetensors")}
-    before = made()
-    again = open_plan(read_plan(plan.path, out=str(tmp_path / "script")), progress=False, device="cpu")
-    work(again, entries)
-    assert made() == before
-    assert {r["entry"]: r["miou"] for e in entries for r in read_results(again, entries[0], e, "pbal_small", 0)} == script
+    def trained(name, net, steps, target=None, start="trained", **labels):
+        cfg = replace(METHODS[name].fitted(Situation(steps, 2, 49, 65, 19, 4, start, True)), **labels)
+        run, about = Train(steps, 2, 0, device="cpu", checkpoint_every=1), dict(net="pbal_small", space=space_to_dict(bench.space))
+        return train(Job(METHODS[name], cfg, run, tmp_path / "hand" / name, net, bench.source, target, None, about, progress=False))["net"]
+    start = trained("source-only", build_net("pbal_small", 19, None, 0), 3, start="nothing").requires_grad_(True)
+    few = PartlyLabelled(bench.target, draw_shots(bench.target.names, 1, 0, group=bench.group))
+    nets = {"start": start, "start, AdaBN": adapt_statistics(deepcopy(start), bench.target),
+            "wdass": trained("wdass", deepcopy(start), 4, WeakLabels(bench.target, "point", seed=0, least=20), labels="point"),
+            "mixteacher": trained("mixteacher", deepcopy(start), 4, few, labels="few")}
+    assert ours == {k: measured(bench, net)["miou"] for k, net in nets.items()} and len(set(ours.values())) > 2
+    for row in gathered(bench, entries): assert measured(bench, network_of(bench, row))["miou"] == row["miou"]        # what the page shows
 
 
 # ---- the command --------------------------------------------------------------------------------------------------------------------------------------
