@@ -115,7 +115,7 @@ CONTROLS = ('source-only', 'joint')    #: Methods that are none: training on wha
 def by_labels(
     rows:list,   # From `summary`, of one network
 )->tuple:        # Titles of the columns; a list of texts for each kind of label
-    "For each kind of label the best control, the best published method, MixTeacher."
+    "For each kind of label the best control (one that ignores the labels, where it is better), the best published method, MixTeacher."
     def best(mine): return max(mine, key=lambda r: r['mean'], default=None)
     def told(r, name=True): return '' if r is None else f'{r["mean"]:.1f} ± {r["error"]:.1f}' + f' ({r["entry"]})'*name
     rows = [r for r in rows if r['mean'] is not None and r['entry'] not in ('start', 'oracle')]
@@ -123,9 +123,10 @@ def by_labels(
     for labels in dict.fromkeys(r['labels'] for r in rows):
         mine = [r for r in rows if r['labels'] == labels]
         ours = best([r for r in mine if r['method'] == 'mixteacher'])
+        plain = best([r for r in rows if r['method'] in CONTROLS and r['labels'] in ('none', labels)])
         others = best([r for r in mine if r['method'] not in (*CONTROLS, 'mixteacher')])
         way = '' if ours is None or ours['way'] is None else f'{ours["way"]:.0%}'
-        body.append([labels, told(best([r for r in mine if r['method'] in CONTROLS])), told(others), told(ours, False), way])
+        body.append([labels, told(plain), told(others), told(ours, False), way])
     return ['labels', 'without a method', 'published', 'MixTeacher', 'gap'], body
 
 # %% ../nbs/07_shell/05_compare.ipynb #cp00036h
