@@ -21,7 +21,7 @@ from .feeding import segmenter
 from .pictures import method_color
 from .plans import entries_of, read_plan
 from .recipes import flat
-from .report import _about, _section, curves_section, el, figure, page, panels_section, setup_section
+from .report import _about, _section, curves_section, el, figure, page, panels_section, settings_tables, setup_section
 from .runs import open_run
 from .sampling import spread_over
 
@@ -191,13 +191,10 @@ def settings_told(
     bench:Bench,   # Plan and images
     entries:list,  # The start first
     net:str,       # Name of the network
-)->dict:           # Entry -> settings
-    "Settings of each method once; of further entries, what differs."
-    told,seen = {},{}
-    for e in entries:
-        cfg,base = flat(recipe(bench, e, net)),seen.get(e.method, {})
-        told[e.name] = {k: v for k,v in cfg.items() if base.get(k, ...) != v} or {'settings': f'those of {e.method} above'}
-        seen.setdefault(e.method, cfg)
+)->dict:           # Method -> entry -> settings
+    "Settings of the entries, those of a method together."
+    told = {}
+    for e in entries: told.setdefault(e.method, {})[e.name] = flat(recipe(bench, e, net))
     return told
 
 # %% ../nbs/07_shell/05_compare.ipynb #cp000042
@@ -235,7 +232,8 @@ def write_page(
     bars = figure(lambda fig: draw_bars(fig, mine), 8, 1.2+.24*len(mine), 'mIoU of every entry')
     pictures = panels_of(bench, [one[t] for t in shown(mine) if t in one], images) if images else []
     curves = _curves(bench, [r for r in one.values() if not r['adabn']])
-    setup = setup_section(settings_told(bench, entries, net), list(commands), versions(accelerator_for(Train())))
+    told = [el('details', el('summary', m), settings_tables(of)) for m,of in settings_told(bench, entries, net).items()]
+    setup = setup_section({}, list(commands), versions(accelerator_for(Train()))) + [el('h3', 'Settings'), told]
     sections = [_section('Result', ABOUT_TABLE, bars, _html(*by_labels(mine)), _html(*cells(table))),
                 _about('Pictures', panels_section(pictures, bench.space) if pictures else None),
                 _about('Training', curves_section(curves, len(curves)) if curves else None), _about('Set-up', setup)]

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['VIEWS', 'CSS_PAGE', 'CSS_NUMBERS', 'CSS_PICTURES', 'CSS_REST', 'ABOUT_ABSENT', 'ABOUT_MIOU', 'ABOUT', 'Html', 'el',
            'data_uri', 'figure', 'headline', 'in_words', 'means_table', 'legend', 'panels_section', 'mix_ups',
-           'mix_up_list', 'prototypes_in_words', 'prototypes_section', 'setup_section', 'write_report']
+           'mix_up_list', 'prototypes_in_words', 'prototypes_section', 'settings_tables', 'setup_section',
+           'write_report']
 
 # %% ../nbs/04_learning/05_report.ipynb #f46053d6
 import base64, html, io, math
@@ -292,16 +293,42 @@ def _flat(d, prefix=''):
         if isinstance(v, dict) and v: yield from _flat(v, f'{prefix}{k}.')
         else: yield f'{prefix}{k}', v
 
+def _words(v):
+    "A value of a settings table: lists as lists, long ones by their beginning."
+    if isinstance(v, (list, tuple)): return ', '.join(map(str, v[:20])) + f' … ({len(v)} in all)'*(len(v) > 20)
+    return '–' if v is None or v == {} else str(v)
+
+def _grid(d): return el('dl', [el('div', el('dt', k), el('dd', _words(v))) for k, v in d.items()], class_='grid')
+
+def _more(title, d): return el('details', el('summary', f'{title} ({len(d)})'), _grid(d)) if d else None
+
+# %% ../nbs/04_learning/05_report.ipynb #rp000001
+def settings_tables(
+    runs:dict,   # Title of a run -> its settings, may be nested
+)->list:         # Parts of the section
+    "What differs between the runs first, a column for each; below, to be opened, what one of them has alone and what is the same in all."
+    of = {t: {k: v for k, v in _flat(c) if not k.startswith(('space.palette', 'space.subsets'))} for t, c in runs.items()}
+    names = dict.fromkeys(k for c in of.values() for k in c)
+    has = {k: [t for t in of if k in of[t]] for k in names}
+    same = {k: of[has[k][0]][k] for k in names if len(has[k]) == len(of) and len({_words(c[k]) for c in of.values()}) == 1}
+    if len(of) == 1: return [_grid(same)]
+    differ = [k for k in names if k not in same and len(has[k]) > 1]
+    rows = [el('tr', el('td', k), [el('td', _words(c[k]) if k in c else '', class_='num') for c in of.values()]) for k in differ]
+    table = el('table', el('thead', el('tr', el('th'), [el('th', t) for t in of])), el('tbody', rows), class_='plain')
+    alone = [_more(f'of {t} alone', {k: of[t][k] for k in names if has[k] == [t]}) for t in of]
+    return [el('div', table, class_='scroll') if rows else None, alone, _more('the same in all', same)]
+
+# %% ../nbs/04_learning/05_report.ipynb #rp000003
 def setup_section(
-    config,    # Settings, may be nested
+    config,    # Settings, may be nested; or title of a run -> settings
     commands,  # Command lines
     versions,  # Name -> version
 )->list:       # Parts of the section
     "How the run was made."
-    grid = lambda d: el('dl', [el('div', el('dt', k), el('dd', v)) for k, v in _flat(d)], class_='grid')
     parts = [el('h3', 'Commands'), [el('pre', c) for c in commands]] if commands else []
-    if config: parts += [el('h3', 'Settings'), grid(config)]
-    if versions: parts += [el('h3', 'Versions'), grid(versions)]
+    several = config and all(isinstance(v, dict) for v in config.values())
+    if config: parts += [el('h3', 'Settings'), settings_tables(config if several else {'': config})]
+    if versions: parts += [el('h3', 'Versions'), _grid(dict(_flat(versions)))]
     return parts
 
 # %% ../nbs/04_learning/05_report.ipynb #917d3891
@@ -391,7 +418,9 @@ font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",mono
 dl{margin:0}.grid{columns:3 260px;column-gap:28px;font-size:13.5px}
 .grid div{display:flex;justify-content:space-between;gap:14px;padding:4px 0;break-inside:avoid;
 border-bottom:1px solid color-mix(in srgb,var(--line) 55%,transparent)}
-dt{color:var(--soft)}dd{margin:0;text-align:right;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
+dt{color:var(--soft);overflow-wrap:anywhere}dd{margin:0;min-width:4.5em;text-align:right;overflow-wrap:anywhere;
+font-variant-numeric:tabular-nums}details{margin:10px 0}
+summary{cursor:pointer;color:var(--soft);font-size:14px}h1,.lead{overflow-wrap:anywhere}
 @media(max-width:720px){.row{grid-template-columns:1fr 1fr}section{padding:18px 15px}h1{font-size:25px}.big{font-size:36px}
 td,th{padding:5px 6px}.bars{min-width:80px}}
 @media print{section{break-inside:avoid;border:0;padding:8px 0}nav,.switch{display:none}
