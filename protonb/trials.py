@@ -283,10 +283,11 @@ def rows_for(
 )->list:          # dicts
     "Train an entry and score it."
     rows,peak = [],Peak(accelerator_for(Train(device=bench.device)).device)
+    begun = (home_of(bench, name, seed)/folder_of(entry)/'checkpoints').exists()     # whoever only scores has no memory of the training
     about = dict(network=name, seed=seed, method=entry.method, labels=entry.labels, batch=bench.plan.run.batch)
     peak.reset()
     for title,stage,job in stages_of(bench, first, entry, name, seed):
-        cost = dict(seconds=seconds_a_step(job.run_dir, job.stage, job.run.batch_size), megabytes=peak.read())
+        cost = dict(seconds=seconds_a_step(job.run_dir, job.stage, job.run.batch_size), megabytes=None if begun else peak.read())
         more = choices(bench, open_run(job.run_dir, stage=stage)) if bench.plan.run.keep > 2 else {}
         where = dict(stage=stage, folder=job.run_dir.name, torch=torch.__version__, date=time.strftime('%Y-%m-%d'))
         rows.append(about | dict(entry=title, steps=_steps(bench, entry), **measured(bench, job.net), **more, **cost, **where, adabn=False))

@@ -21,7 +21,7 @@ from protonb.recipes import Situation
 from protonb.runs import METHODS, build_net, space_to_dict
 from protonb.teachers import adapt_statistics
 from protonb.training import Train, checkpoints
-from protonb.trials import images_for, kept_back, measured, open_plan, read_results, work
+from protonb.trials import images_for, kept_back, measured, open_plan, read_results, rows_for, work
 from protonb.weak_labels import WeakLabels
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -116,6 +116,8 @@ def test_the_numbers_are_those_of_trainings_by_hand(tmp_path, small):
             "mixteacher": trained("mixteacher", deepcopy(start), 4, few, labels="few")}
     assert ours == {k: measured(bench, net)["miou"] for k, net in nets.items()} and len(set(ours.values())) > 2
     for row in gathered(bench, entries): assert measured(bench, network_of(bench, row))["miou"] == row["miou"]        # what the page shows
+    again = rows_for(bench, entries[0], entries[0], "pbal_small", 0)
+    assert again[0]["miou"] == ours["start"] and again[0]["megabytes"] is None and again[0]["seconds"] > 0        # scored again, not trained
 
 
 # ---- the command --------------------------------------------------------------------------------------------------------------------------------------
