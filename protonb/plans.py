@@ -151,7 +151,7 @@ def controls(
     rows = [Entry('start', 'source-only', adabn=True), Entry('source_only', 'source-only', adabn=True)]
     rows += [Entry('oracle', 'source-only', 'full')] if 'full' in there else []
     rows += [Entry(f'fine_tuning {k}', 'source-only', k, folder=f'fine_tuning_{k.split("-")[0]}') for k in few]
-    return rows + [Entry(f'joint {k}', 'joint', k) for k in labels if k not in ('none', 'image')]
+    return rows + [Entry(f'joint {k}', 'joint', k, adabn=True) for k in labels if k not in ('none', 'image')]   # its statistics are of both domains
 
 def everything(
     labels,    # Kinds of label that the target can give
@@ -164,7 +164,7 @@ def everything(
     rows += [Entry('proda', 'proda', adabn=True)]
     rows += [Entry(f'wdass {k}', 'wdass', k, adabn=True) for k in labels if k in KINDS]
     rows += [Entry(f'pixda {k}', 'pixda', k, folder=f'pixda_{k.split("-")[0]}') for k in labels if k.endswith('-shot')]
-    return rows + [Entry(f'mixteacher {k}', 'mixteacher', k) for k in labels]
+    return rows + [Entry(f'mixteacher {k}', 'mixteacher', k, adabn=True) for k in labels]
 
 # %% ../nbs/07_shell/04a_plans.ipynb #pn000024
 def entries_of(

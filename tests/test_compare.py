@@ -127,7 +127,7 @@ def test_the_smoke_plan(tmp_path, capsys):
     assert main(words(BENCHMARKS / "smoke.toml", tmp_path, "--seeds", 1)) == 0
     said = capsys.readouterr().out
     got = rows(tmp_path / "results.csv")
-    names = ["start", "start, AdaBN", "source_only", "source_only, AdaBN", "oracle", "fine_tuning 1-shot", "joint point", "joint 1-shot", "pbal warm-up", "pbal BPL",
+    names = ["start", "start, AdaBN", "source_only", "source_only, AdaBN", "oracle", "fine_tuning 1-shot", "joint point", "joint point, AdaBN", "joint 1-shot", "joint 1-shot, AdaBN", "pbal warm-up", "pbal BPL",
              "wdass point", "mixteacher 1-shot"]
     assert [n for _, n in got] == names and all(s == "1" for s, _ in got)
     for name, r in got.items():
