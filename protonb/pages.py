@@ -125,8 +125,8 @@ class Demo:
     "From source alone to all that a few labels can give, on procedural streets: trains, scores, writes report.html."
     out:Path = Path('demo')   # Folder for everything
     seeds:Whole(1, 1000) = 1  # Repeat with seeds 0..N-1 and print mean and spread
-    start:Steps = 600         # Steps of the common start on the source
-    steps:Steps = 300         # Steps of each method from there
+    start:Steps = 800         # Steps of the common start on the source
+    steps:Steps = 500         # Steps of each method from there
     oracle:bool = False       # Also train on all labelled target images: the upper end of the scale
     height:Whole(33, 2049) = 97  # Height of a scene in pixels, 8n+1
     width:Whole(33, 2049) = 193  # Width of a scene in pixels, 8n+1
