@@ -368,14 +368,14 @@ padding:3px 10px;border-radius:99px;background:var(--sheet);white-space:nowrap}
 .up{color:var(--up)}.down{color:var(--down)}
 .bar{height:8px;border-radius:4px;background:color-mix(in srgb,var(--line) 70%,transparent);overflow:hidden}
 .bar i{display:block;height:100%;border-radius:4px;background:var(--c)}
-.say{font-size:18px;line-height:1.5;margin:0;padding:2px 4px}
+.say{font-size:18px;line-height:1.5;margin:0 0 8px;padding:2px 4px}
 table{border-collapse:collapse;width:100%;font-size:14px}
 th{font-weight:600;text-align:right;color:var(--soft);padding:5px 10px;border-bottom:1px solid var(--line);vertical-align:bottom}
 th:first-child,.classes th:nth-child(2){text-align:left}
 td{padding:5px 10px;border-bottom:1px solid color-mix(in srgb,var(--line) 55%,transparent)}
 tr:last-child td{border-bottom:0}
 .num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-.classes td:first-child,.plain td:first-child{white-space:nowrap}.bars{width:44%;min-width:150px}
+.classes td:first-child,.plain td:first-child{white-space:nowrap}.bars{width:36%;min-width:150px}
 .split{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(400px,100%),1fr));gap:14px 30px;align-items:start}
 '''  # Style of its numbers
 
