@@ -25,16 +25,16 @@ def columns(out):
 
 def draw(data, runs, scenes=SCENES):
     """A row for each scene: image, truth, what the runs make of it."""
-    fig = Figure(figsize=(12.8, 1.17*len(scenes) + .2), dpi=100)
-    axs = fig.subplots(len(scenes), 2 + len(runs), squeeze=False)
+    n, (H, W) = 2 + len(runs), data["val"][0][0].shape[1:]
+    fig = Figure(figsize=(12.8, 12.8*len(scenes)*(H/W + .015)/n + .26), dpi=100)
+    axs = fig.subplots(len(scenes), n, squeeze=False)
     for row, i in zip(axs, scenes):
         image, truth = data["val"][i]
-        top = row is axs[0] or None
-        show_image(image, row[0], top and "target image")
-        show_label(truth, data["val"].space, row[1], top and "truth")
-        for ax, (title, run) in zip(row[2:], runs.items()):
-            show_label(label_map(run.segment, image), data["val"].space, ax, top and title)
-    fig.subplots_adjust(left=.003, right=.997, bottom=.008, top=1 - .22/fig.get_figheight(), wspace=.025, hspace=.04)
+        show_image(image, row[0])
+        for ax, label in zip(row[1:], (truth, *(label_map(run.segment, image) for run in runs.values()))):
+            show_label(label, data["val"].space, ax)
+    for ax, title in zip(axs[0], ("target image", "truth", *runs)): ax.set_title(title, fontsize=11)
+    fig.subplots_adjust(left=.003, right=.997, bottom=.008, top=1 - .26/fig.get_figheight(), wspace=.03, hspace=.05)
     return fig
 
 
