@@ -126,7 +126,7 @@ class Demo:
     out:Path = Path('demo')   # Folder for everything
     seeds:Whole(1, 1000) = 1  # Repeat with seeds 0..N-1 and print mean and spread
     start:Steps = 800         # Steps of the common start on the source
-    steps:Steps = 500         # Steps of each method from there
+    steps:Steps = 400         # Steps of each method from there
     oracle:bool = False       # Also train on all labelled target images: the upper end of the scale
     height:Whole(33, 2049) = 97  # Height of a scene in pixels, 8n+1
     width:Whole(33, 2049) = 193  # Width of a scene in pixels, 8n+1
@@ -136,7 +136,7 @@ class Demo:
 
 # Images of each kind, images a step, images that show a class in the support set. Lengths were chosen on Streets(REAL, 60, seed=7), which the
 # demo does not score, with seed 0: after 800 steps the source alone gave 27.3 and AdaBN 31.1; 300 steps from there half and half 34.9, DIP 31.3,
-# MixTeacher 34.8 without labels and 36.0 with 21. 500 steps are what five minutes hold.
+# MixTeacher 34.8 without labels and 36.0 with 21. 400 steps are what five minutes of one core hold.
 DEMO = dict(train=300, support=200, val=60, batch=4, shots=5)
 
 # %% ../nbs/07_shell/01b_pages.ipynb #8c664d67
