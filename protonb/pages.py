@@ -134,9 +134,9 @@ class Demo:
     def agree(self):  # What must hold
         for side in ('height', 'width'): yield getattr(self, side)%8 == 1, side, '8n+1 pixels, for example 97 or 193'
 
-# Images of each kind, images a step, images that show a class in the support set. Lengths were chosen on Streets(REAL, 60, seed=7), which the
-# demo does not score, with seed 0: after 800 steps the source alone gave 27.3 and AdaBN 31.1; 300 steps from there half and half 34.9, DIP 31.3,
-# MixTeacher 34.8 without labels and 36.0 with 21. 400 steps are what five minutes of one core hold.
+# Images of each kind, images a step, images that show a class in the support set. Lengths were chosen on Streets(REAL, 60, seed=7), which
+# the demo does not score, with seed 0: after 800 steps the source alone gave 27.3 and AdaBN 31.1; 300 steps from there half and half 34.9,
+# DIP 31.3, MixTeacher 34.8 without labels and 36.0 with 21. 400 steps are what five minutes of one core hold.
 DEMO = dict(train=300, support=200, val=60, batch=4, shots=5)
 
 # %% ../nbs/07_shell/01b_pages.ipynb #8c664d67
