@@ -23,7 +23,7 @@ $(STAMP): requirements.lock setup.py settings.ini
 	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
-demo: $(STAMP)  ## train source-only and DIP on procedural streets, write demo/report.html
+demo: $(STAMP)  ## from source alone to MixTeacher with 21 labels on drawn streets, demo/report.html (five minutes on two cores)
 	$(BIN)/protonb demo --out demo
 
 test: $(STAMP)  ## everything CI checks: export, clean, README, all notebooks, pytest

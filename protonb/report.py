@@ -161,8 +161,9 @@ def panel_row(
             share = ((pred == truth) & (truth != 255)).sum() / max(1, (truth != 255).sum())
             note, wrong = f'mIoU {_pct(image_miou(pred, truth, space))} · {_pct(share, 0)} % right', _mistake_image(pred, truth, size)
         cells.append(_cell(m, note, f'{m} on {name}', _label_image(pred, space, size), wrong))
+    lines = math.ceil(len(cells)/5)          # more than five in a line are too small to be looked at
     uri, (w, h) = data_uri(image.convert('RGB').resize(size, Image.Resampling.LANCZOS), lossy=True), size
-    return el('div', cells, class_='row', style=f'--image:url({uri});--ratio:{w}/{h};--n:{len(cells)}')
+    return el('div', cells, class_='row', style=f'--image:url({uri});--ratio:{w}/{h};--n:{math.ceil(len(cells)/lines)}')
 
 # %% ../nbs/04_learning/05_report.ipynb #d198af15
 VIEWS = (('label', 'Labels'), ('over', 'Over the image'), ('error', 'Mistakes'))  # What a picture of the report can show, with its title
@@ -356,25 +357,25 @@ footer{color:var(--soft);font-size:13px;text-align:center;padding:10px}
 
 # %% ../nbs/04_learning/05_report.ipynb #1408c9c7
 CSS_NUMBERS = '''
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(230px,1fr));gap:14px;margin:6px 0 14px}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(290px,100%),1fr));gap:14px;margin:6px 0 14px}
 .card{border:1px solid var(--line);border-radius:12px;padding:14px 18px 18px}
 .card:last-child:not(:first-child){background:var(--wash);border-color:transparent}
 .name{font-weight:600;color:var(--soft)}
 .big{font-size:44px;font-weight:680;line-height:1.25;letter-spacing:-.02em;font-variant-numeric:tabular-nums}
-.big small{font-size:15px;font-weight:500;color:var(--soft);margin-left:5px;letter-spacing:0}
+.big small{white-space:nowrap;font-size:15px;font-weight:500;color:var(--soft);margin-left:5px;letter-spacing:0}
 .chip{font-size:14px;font-weight:650;letter-spacing:0;margin-left:12px;vertical-align:6px;
 padding:3px 10px;border-radius:99px;background:var(--sheet);white-space:nowrap}
 .up{color:var(--up)}.down{color:var(--down)}
 .bar{height:8px;border-radius:4px;background:color-mix(in srgb,var(--line) 70%,transparent);overflow:hidden}
 .bar i{display:block;height:100%;border-radius:4px;background:var(--c)}
-.say{font-size:18px;line-height:1.5;margin:0;padding:2px 4px}
+.say{font-size:18px;line-height:1.5;margin:0 0 8px;padding:2px 4px}
 table{border-collapse:collapse;width:100%;font-size:14px}
-th{font-weight:600;text-align:right;color:var(--soft);padding:5px 10px;border-bottom:1px solid var(--line);white-space:nowrap}
+th{font-weight:600;text-align:right;color:var(--soft);padding:5px 10px;border-bottom:1px solid var(--line);vertical-align:bottom}
 th:first-child,.classes th:nth-child(2){text-align:left}
 td{padding:5px 10px;border-bottom:1px solid color-mix(in srgb,var(--line) 55%,transparent)}
 tr:last-child td{border-bottom:0}
 .num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-.classes td:first-child,.plain td:first-child{white-space:nowrap}.bars{width:44%;min-width:150px}
+.classes td:first-child,.plain td:first-child{white-space:nowrap}.bars{width:36%;min-width:150px}
 .split{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(400px,100%),1fr));gap:14px 30px;align-items:start}
 '''  # Style of its numbers
 
@@ -445,7 +446,7 @@ def _score_sections(scores):
     if not scores: return None, None
     rule = ' '.join(dict.fromkeys(ABOUT_ABSENT[s.absent] for s in scores.values()))
     words, table = in_words(scores), el('div', means_table(scores), class_='scroll')
-    split = el('div', el('p', words, class_='say') if words else None, table, class_='split')
+    split = el('div', el('p', words, class_='say') if words else None, table, class_='split' if len(scores) < 5 else None)
     result = _section('Result', f'{ABOUT_MIOU} {rule}', headline(scores), split)
     intro = 'IoU in percent. The last column says how much of the labelled area a class covers; rare classes swing most.'
     return result, _section('Classes', intro, el('div', class_table(scores), class_='scroll'), mix_up_list(scores))
@@ -467,7 +468,7 @@ def page(
 
 # %% ../nbs/04_learning/05_report.ipynb #0e5066ac
 ABOUT = dict(
-    pictures='Columns: the image, what it truly shows, what each method makes of it. Black: not labelled.',
+    pictures='The image, what it truly shows, what each method makes of it. Black: not labelled.',
     explorer='Point at a pixel: how similar is its feature to the prototype of each class? Choose a class: where is it found?',
     training='Faint: as logged. Strong: running mean.',
     prototypes='A prototype is the mean feature of a class; a pixel gets the class whose prototype it resembles most.',
