@@ -40,9 +40,10 @@ test-browser: $(STAMP)  ## site and JupyterLab in a headless Chromium, which is 
 	$(BIN)/python tools/site.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 8 tests/browser
 
-export: $(STAMP)  ## notebooks -> protonb/, cleaned, README.md
+export: $(STAMP)  ## notebooks -> protonb/, cleaned, pictures in 256 colours, README.md
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
+	$(BIN)/python tools/pictures.py
 	$(BIN)/python tools/readme.py
 
 readme: $(STAMP)  ## nbs/index.ipynb -> README.md

@@ -28,6 +28,7 @@ from .files import PICTURES, files_below, spelt
 from .options import (choose_support, follow_source, habits, new_names, open_target, open_with, options_of, probe, short_options,
                              situation_of, space_named, space_said)
 from .pages import Demo, demo, make_report, scored
+from .palettes import PALETTES
 from .prototypes import class_prototypes, save_prototypes
 from .recipes import choice_table, never_heard
 from .runs import (ADAPTABLE, METHODS, FileOptions, Stopped, build_net, device_of, go_on, last_line, mark_of, open_any,
@@ -211,6 +212,7 @@ class Predict:
     images:Positional[Path]  # An image, or a folder that is searched for images, those below it included
     out:Path                 # Folder for the results; what this very network wrote there with these options is not done again
     format:Some(Literal[FORMATS]) = KINDS           # What to write; labelIds are Cityscapes' own numbers, confidence is 0..255
+    palette:Literal[tuple(PALETTES)] = 'standard'  # Colours of the classes: the data set's, or such as colour-blind readers tell apart
     overwrite:bool = False   # Do finished images again
     at_once:Whole(0, 1024) = 0  # Images of one size segmented together; 0: one on a CPU, eight on a GPU, fewer where memory is short
     look:OmitArgPrefixes[TestTime] = TestTime()     # Windows, sizes, mirror images
@@ -267,6 +269,7 @@ class Report:
     split:str = 'val'            # Split of the data set
     out:Path|None = None         # HTML file; report.html in the last run folder when left out
     images:Whole(0, 1000) = 4    # Rows of pictures
+    palette:Literal[tuple(PALETTES)] = 'standard'  # Colours of the classes: the data set's, or such as colour-blind readers tell apart
     explore:Whole(0, 6) = 6      # Images to point at, in the explorer of the first and the last run; 0 leaves it out
     look:OmitArgPrefixes[TestTime] = TestTime()     # Windows, sizes, mirror images
     file:OmitArgPrefixes[FileOptions] = field(default_factory=FileOptions)     # What a bare weight file does not say
@@ -286,7 +289,7 @@ def report(o:Report):  # The options
             raise InputError(f'{r.dir}: has the classes of {r.space.name}, {first.dir} those of {first.space.name}; expected the same')
     data = open_dataset(o.data, o.split, first.space)
     name = f'{o.data} {o.split}'
-    scores = scored(runs, data, name, o.look)
+    scores = {t: replace(s, space=first.space) for t,s in scored(runs, data, name, o.look).items()}     # in its colours
     print(compare_table(scores))
     make_report(page, runs, scores, data,
                 title=', '.join(runs), summary=f'{name}, {len(data)} images', images=o.images, explored=o.explore, look=o.look,

@@ -28,7 +28,7 @@ from .evaluation import _align, label_ids, palette_png
 from .few_shot import draw_shots
 from .files import collecting, normal
 from .labels import CITYSCAPES, IGNORE, ClassSpace, _codes
-from .pictures import method_color, overlay, show_image, show_legend, style
+from .pictures import WIDTH, method_color, overlay, show_image, show_legend, style
 from .sampling import class_pixels
 from .settings import Count, Seed, checked_dataclass, Whole
 from .weak_labels import WeakLabels, pick_points, weak_label, write_points
@@ -283,11 +283,11 @@ def plot_class_shares(
 ):
     "How much of each split is of each class, from a twentieth of a percent up."
     n, K = len(shares), space.num_classes
-    if ax is None: ax = plt.subplots(figsize=(6, .6 + K*(.12 + .12*n)), dpi=72)[1]
+    if ax is None: ax = plt.subplots(figsize=(WIDTH, .6 + K*(.12 + .12*n)))[1]
     for j, (name, v) in enumerate(shares.items()):
         y, v = np.arange(K) + (j-(n-1)/2)*.8/n, 100*np.asarray(v)
         ax.barh(y, v, .7/n, color=method_color(j), label=name)
-        for yy, x in zip(y, v): ax.text(max(x, .05)*1.1, yy, f'{x:.2g}' if x else '–', va='center', fontsize=6.5)
+        for yy, x in zip(y, v): ax.text(max(x, .05)*1.1, yy, f'{x:.2g}' if x else '–', va='center', fontsize=7.5)
     ax.set(yticks=range(K), xscale='log', xlim=(.05, 200), ylim=(K-.4, -.6), xlabel='percent of the labelled pixels')
     ax.set_yticklabels(space.classes)
     ax.legend(loc='lower right')
@@ -305,7 +305,7 @@ def contact_sheet(
     for ax in axs.flat: ax.set_axis_off()
     for ax, (title, image, label) in zip(axs.flat, tiles):
         show_image(image, ax) if label is None else overlay(image, label, space, ax)
-        ax.set_title(title[-34:], fontsize=7, fontweight='normal')
+        ax.set_title(title[-34:], fontsize=9, fontweight='normal')
     show_legend(space, ax=fig.add_subplot(axs[-1, 0].get_gridspec()[-1, :]))
     return fig
 

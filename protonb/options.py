@@ -22,6 +22,7 @@ from .few_shot import draw_shots, few_shot, group_of, pixda_list
 from .files import read_list
 from .labels import IGNORE, SPACES
 from .methods import Method
+from .palettes import PALETTES
 from .prototypes import Support, greedy_support, require_all_classes
 from .pseudo_labels import PartlyLabelled, Unlabelled
 
@@ -170,11 +171,13 @@ def space_said(
     return open_dataset(words, 'train', labelled=False).space if ':' in words else space_named(words)
 
 def open_with(o, path, data=''):
-    "The run or weight file of a command."
+    "The run or weight file of a command, its classes in the colours of `--palette`."
     if not path.exists(): raise InputError(f'{path}: no such run folder or weight file')
     if path.is_file() and not o.file.net: raise InputError(f'{path}: a bare weight file; say its network by --net')
     named,guess = (None, None) if path.is_dir() else (space_said(o.file.classes), space_said(data))
-    return open_any(path, o.file, named, accelerator_for(Train(device=o.device)).device, guess)
+    run = open_any(path, o.file, named, accelerator_for(Train(device=o.device)).device, guess)
+    run.space = PALETTES[getattr(o, 'palette', 'standard')](run.space)
+    return run
 
 # %% ../nbs/07_shell/01a_options.ipynb #op000001
 def start_config(o):

@@ -14,6 +14,7 @@ from protonb.datasets import open_dataset
 from protonb.evaluation import confidence_map, evaluate, label_ids, predict_files, stamp_of
 from protonb.feeding import TestTime
 from protonb.labels import CAMVID, CITYSCAPES, CITYSCAPES16
+from protonb.palettes import safe
 from protonb.runs import open_run, read_scores, ready
 
 
@@ -263,3 +264,32 @@ def test_adabn_for_scores_and_pictures(runs, photos, tmp_path, capsys):
         assert shell("predict", run, photos, "--out", tmp_path / "p", "--device", "cpu", *more) == 0
         assert "2 images written" in capsys.readouterr().out
     assert shell("eval", run, "--data", data, "--adabn", "images:nowhere", "--device", "cpu") == 2
+
+
+def test_safe_colours_change_colours_alone(runs, photos, tmp_path, capsys):
+    """The ids stay, the palette is another one, overlays differ, and pictures in other colours are not taken for done."""
+    for name in ("standard", "safe"):
+        assert shell("predict", runs / "r0", photos, "--out", tmp_path / name, "--device", "cpu", "--palette", name) == 0
+    read = lambda name, kind: Image.open(tmp_path / name / f"a_{kind}.png")
+    a, b = read("standard", "color"), read("safe", "color")
+    assert (np.array(a) == np.array(b)).all() and a.getpalette()[:57] == [v for c in CITYSCAPES.palette for v in c]
+    assert b.getpalette()[:57] == [v for c in safe(CITYSCAPES).palette for v in c]
+    assert (np.array(read("standard", "trainIds")) == np.array(read("safe", "trainIds"))).all()
+    assert (np.array(read("standard", "overlay")) != np.array(read("safe", "overlay"))).any()
+    again = lambda *more: shell("predict", runs / "r0", photos, "--out", tmp_path / "safe", "--device", "cpu", *more)
+    capsys.readouterr()
+    assert again("--palette", "safe") == 0 and "2 were there" in capsys.readouterr().out
+    assert again() == 0 and "2 images written, 0 were there" in capsys.readouterr().out
+    assert again("--palette", "pretty") == 2 and "--palette" in capsys.readouterr().err
+
+
+def test_a_report_in_safe_colours(runs, tmp_path):
+    page = {}
+    for name in ("standard", "safe"):
+        words = "report", runs / "r0", runs / "r1", "--data", STREETS, "--images", 1, "--explore", 1, "--device", "cpu", "--out", tmp_path / f"{name}.html"
+        assert shell(*words, "--palette", name) == 0
+        page[name] = (tmp_path / f"{name}.html").read_text()
+    ours = [f"background:rgb{c}" for c in safe(CITYSCAPES).palette]
+    theirs = [f"background:rgb{c}" for c in CITYSCAPES.palette]
+    for name, mine, others in (("standard", theirs, ours), ("safe", ours, theirs)):
+        assert all(c in page[name] for c in mine) and not any(c in page[name] for c in others)

@@ -1,0 +1,51 @@
+"""Stored pictures of the book with at most 256 colours, a third of the bytes: `make export`, or python tools/pictures.py NOTEBOOK ..."""
+import base64
+import io
+import json
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def stored(path):
+    """(cell id, kind, base64 text, size) of every picture in a notebook's outputs, PNG and JPEG."""
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        for output in cell.get("outputs", []):
+            for kind in ("image/png", "image/jpeg"):
+                if kind in output.get("data", {}):
+                    text = "".join(output["data"][kind]).strip()
+                    yield cell["id"], kind, text, Image.open(io.BytesIO(base64.b64decode(text))).size
+
+
+def lighter(raw, colours=256):
+    """A PNG with a palette, without dither, which would cost what the palette saves; the same bytes where that is not smaller."""
+    im = Image.open(io.BytesIO(raw))
+    if im.mode == "P":
+        return raw
+    paper = Image.new("RGBA", im.size, "white")
+    paper.alpha_composite(im.convert("RGBA"))
+    out = io.BytesIO()
+    paper.convert("RGB").quantize(colours, kmeans=1, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    return min(raw, out.getvalue(), key=len)
+
+
+def main(paths):
+    """Rewrite the notebooks that have a picture with more colours."""
+    for path in map(Path, paths or sorted((ROOT/"nbs").rglob("*.ipynb"))):
+        old = path.read_text(encoding="utf-8")
+        new = old
+        for _, kind, text, _ in stored(path):
+            small = base64.b64encode(lighter(base64.b64decode(text))).decode() if kind == "image/png" else text
+            if small != text:
+                assert text in new, f"{path}: a picture in several lines; run nbdev_clean first"
+                new = new.replace(text, small)
+        if new != old:
+            path.write_text(new, encoding="utf-8")
+            print(f"{path.name}: {len(old)/1e3:.0f} -> {len(new)/1e3:.0f} kB")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
