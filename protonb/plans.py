@@ -151,7 +151,7 @@ def controls(
     rows = [Entry('start', 'source-only', adabn=True), Entry('source_only', 'source-only', adabn=True)]
     rows += [Entry('oracle', 'source-only', 'full')] if 'full' in there else []
     rows += [Entry(f'fine_tuning {k}', 'source-only', k, folder=f'fine_tuning_{k.split("-")[0]}') for k in few]
-    return rows + [Entry(f'joint {k}', 'joint', k, adabn=True) for k in labels if k not in ('none', 'image')]   # its statistics are of both domains
+    return rows + [Entry(f'joint {k}', 'joint', k, adabn=True) for k in labels if k not in ('none', 'image')]
 
 def everything(
     labels,    # Kinds of label that the target can give

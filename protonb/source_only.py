@@ -89,9 +89,10 @@ def train(
 
 # %% ../nbs/05_methods/01_source_only.ipynb #3e37ea99
 def _fitted(s:Situation):
-    "What the field trains with now: AdamW, a warm-up, strong colours; nearly whole images."
+    "What the field trains with now: AdamW, a warm-up, strong colours; nearly whole images, of all sizes on a backbone from real images."
     high,wide = crop(s, most=1025*1025)
-    return SourceOnly(**rule_of(s), warm=part(s, .05), colour=.25, augment=Augment(crop_height=high, crop_width=wide))
+    sizes = dict(scale_low=.6, scale_high=1.6) if s.start == 'imagenet' else {}          # other cameras see things larger and smaller
+    return SourceOnly(**rule_of(s), warm=part(s, .05), colour=.25, augment=Augment(crop_height=high, crop_width=wide, **sizes))
 
 # %% ../nbs/05_methods/01_source_only.ipynb #8da92b8f
 def _train(job): return train(job.source, job.net, job.cfg, run_of(job), **notes(job))

@@ -14,8 +14,6 @@ IDS = [str(p.relative_to(ROOT / "nbs")) for p in NOTEBOOKS]
 PAGES = run_path(str(ROOT / "tools" / "pages.py"))
 stored = run_path(str(ROOT / "tools" / "pictures.py"))["stored"]
 WIDE = 640    # pixels
-NARROW = {"df0620dc", "9c258421", "4e04b35e", "7d54a60a"}    # bars of benchmarks/streets.csv: drawn again with its next numbers, 7.2 inches wide
-LATER = {"01_tour", "03_your_own_data", "04_your_own_method", "04_pbal", "05_proda"}    # wide figures, not yet executed with them
 DRAWS = re.compile(r"\b(Streets|REAL|SYNTHETIC)\b|\bstreets:")
 PHOTOGRAPHS = {  # notebooks that draw streets and speak of real photographs
     "01_data/02b_files.ipynb": "what cameras and phones write",
@@ -60,11 +58,7 @@ def test_a_notebook_is_small_and_names_no_machine(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=IDS)
 def test_a_picture_is_wide_enough_to_be_read(path):
     """A figure of 7.2 inches at matplotlib's own 100 dpi; text of 8 points is 11 pixels then."""
-    narrow = [f"cell {cell}: {kind} of {w}x{h}" for cell, kind, _, (w, h) in stored(path) if w < WIDE and cell not in NARROW]
-    if path.stem in LATER:
-        assert narrow, "drawn anew: take it out of LATER"
-    else:
-        assert not narrow, narrow
+    assert not [f"cell {cell}: {kind} of {w}x{h}" for cell, kind, _, (w, h) in stored(path) if w < WIDE]
 
 
 def called_photographs(path):
