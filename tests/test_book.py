@@ -68,7 +68,7 @@ def called_photographs(path):
     said = [s for kind in ("code", "markdown") for s, _ in cells(path, kind)]
     outputs = [o for _, c in cells(path) for o in c["outputs"]]
     shown = [v for o in outputs for k, v in [("text", o.get("text", "")), *o.get("data", {}).items()] if k.startswith("text") or "svg" in k]
-    word = re.compile(r"photo(?!metr|graphs\.(?:py|csv))", re.I)              # benchmarks/photographs.py is a file's name
+    word = re.compile(r"photo(?!metr|graphs\.(?:toml|csv))", re.I)            # benchmarks/photographs.toml is a file's name
     return [line for text in (*said, *map("".join, shown)) for line in text.splitlines() if word.search(line)]
 
 
