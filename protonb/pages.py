@@ -24,11 +24,10 @@ from .pseudo_labels import PartlyLabelled, Unlabelled
 from .recipes import Situation
 from .report import write_report
 from .runs import (METHODS, Run, build_net, device_of, go_on, look_name, open_run, read_config, read_scores, ready, save_scores,
-                          score, space_to_dict, start_from)
+                          score, space_to_dict, start_from, take_statistics)
 from .sampling import spread_over
 from .settings import Steps, checked_dataclass, Whole
 from .streets import REAL, SYNTHETIC, Streets
-from .teachers import adapt_statistics
 from .training import Train, accelerator_for, read_metrics, versions
 
 # %% ../nbs/07_shell/01b_pages.ipynb #16adf67a
@@ -181,7 +180,7 @@ def with_statistics_of(
 )->Run:       # It is in no folder: `dir` is a name that does not exist
     "AdaBN: a run whose batch norms have the statistics of other images."
     run = open_run(run_dir)
-    adapt_statistics(run.net, images, inputs=lambda x: network_input(run.net, x, run.feed.input))
+    take_statistics(run, images)
     return replace(run, dir=run.dir/'adabn')
 
 # %% ../nbs/07_shell/01b_pages.ipynb #b42a1fa9

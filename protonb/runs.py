@@ -373,12 +373,18 @@ def ready(
     return at_test_time(run.segment, look, run.space.num_classes)
 
 # %% ../nbs/07_shell/01_runs.ipynb #51111c3d
-def _adapt(run, spec):
+def take_statistics(
+    run:Run,  # An opened run, changed in place
+    images,   # Of the target; labels are not looked at
+):
     "AdaBN: the batch norms take the statistics of some images, which the network sees as it is fed otherwise."
-    if run.adapted: raise InputError(f'{run.dir}: its batch norms have the statistics of {run.adapted}; open the run again')
     run.id                      # scores belong to the weights as they were
     see = lambda x: network_input(run.net, resampled(x, run.segment.base(x.shape[2:])), run.feed.input)
-    adapt_statistics(run.net, open_dataset(spec, 'train', labelled=False), inputs=see)
+    adapt_statistics(run.net, images, inputs=see)
+
+def _adapt(run, spec):
+    if run.adapted: raise InputError(f'{run.dir}: its batch norms have the statistics of {run.adapted}; open the run again')
+    take_statistics(run, open_dataset(spec, 'train', labelled=False))
     run.adapted = spec
 
 # %% ../nbs/07_shell/01_runs.ipynb #5fa513a3

@@ -21,7 +21,7 @@ from .core import InputError, atomic_path
 from .data_tools import group_by
 from .datasets import open_dataset, require_labels, take
 from .evaluation import evaluate
-from .feeding import segmenter
+from .feeding import network_input, segmenter
 from .few_shot import draw_shots, group_of
 from .folders import Busy, claimed
 from .options import probe, space_named
@@ -240,6 +240,10 @@ class Peak:
         except (OSError, TypeError): return None
 
 # %% ../nbs/07_shell/04b_trials.ipynb #cp000025
+def _adabn(bench, net):
+    "The network, changed in place, with the statistics of the target, which it sees as it is fed otherwise."
+    return adapt_statistics(net, bench.target, inputs=lambda x: network_input(net, x))
+
 def measured(
     bench:Bench,   # Plan and images
     net,          # A network
@@ -293,7 +297,7 @@ def rows_for(
         rows.append(about | dict(entry=title, steps=_steps(bench, entry), **measured(bench, job.net), **more, **cost, **where, adabn=False))
         peak.reset()
     if entry.adabn:
-        net = adapt_statistics(deepcopy(job.net), bench.target)
+        net = _adabn(bench, deepcopy(job.net))
         rows.append(rows[-1] | dict(entry=f'{title}, AdaBN', **measured(bench, net), adabn=True, chosen=None, best=None))
     return rows
 

@@ -21,7 +21,7 @@ from protonb.recipes import Situation
 from protonb.runs import METHODS, build_net, space_to_dict
 from protonb.teachers import adapt_statistics
 from protonb.training import Train, checkpoints
-from protonb.trials import images_for, kept_back, measured, open_plan, read_results, rows_for, work
+from protonb.trials import _adabn, images_for, kept_back, measured, open_plan, read_results, rows_for, work
 from protonb.weak_labels import WeakLabels
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -118,6 +118,17 @@ def test_the_numbers_are_those_of_trainings_by_hand(tmp_path, small):
     for row in gathered(bench, entries): assert measured(bench, network_of(bench, row))["miou"] == row["miou"]        # what the page shows
     again = rows_for(bench, entries[0], entries[0], "pbal_small", 0)
     assert again[0]["miou"] == ours["start"] and again[0]["megabytes"] is None and again[0]["seconds"] > 0        # scored again, not trained
+
+
+def test_adabn_feeds_a_network_what_it_asks_for(small):
+    """Not every network wants ImageNet's mean and deviation: EfficientNet-Lite's -1..1, for one."""
+    bench = open_plan(read_plan(small()), progress=False, device="cpu")
+    net = build_net("pbal_small", 19, None, 0)
+    net.input_range = "unit"
+    ours = _adabn(bench, deepcopy(net)).state_dict()
+    want = adapt_statistics(deepcopy(net), bench.target, inputs=lambda x: x.float() / 255).state_dict()
+    other = adapt_statistics(deepcopy(net), bench.target).state_dict()
+    assert all(ours[k].equal(want[k]) for k in ours) and any(not ours[k].equal(other[k]) for k in ours)
 
 
 # ---- the command --------------------------------------------------------------------------------------------------------------------------------------
