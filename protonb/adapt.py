@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Adapt', 'Domains', 'open_domains', 'AtSize', 'at_size', 'view', 'together', 'start_job', 'adapt_job', 'step_seconds',
-           'span', 'plan_for', 'show', 'adapt']
+           'span', 'plan_for', 'judged', 'show', 'adapt']
 
 # %% ../nbs/07_shell/03_adapt.ipynb #ad000004
 import json, math, os, re, shlex, statistics, tempfile, time
@@ -32,6 +32,7 @@ from .runs import (ADAPTABLE, METHODS, FileOptions, Run, build_net, device_of, g
                           ready, space_to_dict, start_kind)
 from .settings import Real, Seed, Whole, checked_dataclass
 from .training import Train, accelerator_for, read_rows
+from .validators import information_maximisation, looks
 from .windows import to_base
 
 # %% ../nbs/07_shell/03_adapt.ipynb #ad000011
@@ -358,6 +359,17 @@ def words_of(o):
     return ' '.join(['protonb adapt', *(f'--{f.name.replace("_", "-")} {shlex.quote(str(v))}' for f in fields(o)
                                         if (v := getattr(o, f.name)) != f.default)])
 
+# %% ../nbs/07_shell/03_adapt.ipynb #ad00041a
+def judged(
+    segmenters:dict,  # start, adapted: callables, images uint8 (B,3,H,W) -> logits (B,K,h,w)
+    target,           # Target images; labels are not looked at
+    images=24,        # Most images to look at, evenly spread
+)->str:               # A sentence for the page
+    "Both networks by information maximisation; a warning where the adapted one is behind."
+    start,adapted = (information_maximisation(list(looks(segmenters[t], target, images=images))) for t in ('start', 'adapted'))
+    said = f'Without labels, by information maximisation (higher is better): start {start:.2f}, adapted {adapted:.2f}.'
+    return said if adapted >= start else f'{said} The adapted network is behind: look at its pictures before it is used.'
+
 # %% ../nbs/07_shell/03_adapt.ipynb #ad000043
 def show(
     o:Adapt,    # Options
@@ -369,6 +381,7 @@ def show(
     runs = dict(start=first, adapted=open_run(o.out/'adapted', device))
     scores = {} if d.val is None else scored(runs, d.val, f'{o.val or o.target} val')
     if scores: print(compare_table(scores))
+    print(told := judged({t: ready(r) for t,r in runs.items()}, d.target))
     n,run = min(o.images, len(d.target)),runs['adapted']
     sample = take(d.target, sorted({round(i*(len(d.target)-1)/max(n-1, 1)) for i in range(n)}))
     items = [(name, sample[i][0]) for i,name in enumerate(sample.names)]
@@ -376,7 +389,7 @@ def show(
                   mark=mark_of(run, TestTime()))
     print(f'predictions of {n} target images: {o.out/"predictions"}')
     make_report(o.out/'report.html', runs, scores, Unlabelled(sample) if d.val is None else d.val, title='Start and adapted',
-                source=d.source, summary=f'{len(d.target)} target images, {len(d.known) if d.known else "none"} with labels.',
+                source=d.source, summary=f'{len(d.target)} target images, {len(d.known) if d.known else "none"} with labels. {told}',
                 commands=[words_of(o)])
 
 # %% ../nbs/07_shell/03_adapt.ipynb #ad000044

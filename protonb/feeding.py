@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INPUTS', 'ENLARGE', 'network_input', 'Feed', 'feed_of_old', 'resampled', 'enlarged', 'Segmenter', 'segmenter',
-           'window_places', 'TestTime', 'at_test_time']
+           'adapt_segmenter', 'window_places', 'TestTime', 'at_test_time']
 
 # %% ../nbs/04_learning/11_feeding.ipynb #7ad3e887
 from dataclasses import asdict, fields
@@ -16,6 +16,7 @@ from .core import InputError
 from .evaluation import enlarged_rows
 from .ops import prototype_logits
 from .settings import Factor, Side, checked_dataclass, Real, Some
+from .teachers import adapt_statistics
 from .transforms import normalize
 
 # %% ../nbs/04_learning/11_feeding.ipynb #abc26834
@@ -123,6 +124,17 @@ def segmenter(
     if prototypes is None and getattr(net, 'num_classes', 0) is None:
         raise InputError('the network gives features and no classes; segmenting with it needs prototypes')
     return Segmenter(net, feed, prototypes)
+
+# %% ../nbs/04_learning/11_feeding.ipynb #ada00002
+def adapt_segmenter(
+    segment:Segmenter,  # Its network is changed in place
+    images,             # Items are (image uint8 (3,H,W), anything); labels are not looked at
+    count:int=64,       # How many of them at most, evenly spread
+)->Segmenter:           # The same
+    "AdaBN: the batch norms take the statistics of these images, fed as they will be (Li et al., 2017)."
+    see = lambda x: network_input(segment.net, resampled(x, segment.base(x.shape[2:])), segment.feed.input)
+    adapt_statistics(segment.net, images, count, inputs=see)
+    return segment
 
 # %% ../nbs/04_learning/11_feeding.ipynb #b30ea4aa
 def window_places(

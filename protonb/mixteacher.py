@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 from .core import rng_for
-from .feeding import enlarged, network_input
+from .feeding import adapt_segmenter, enlarged, network_input, segmenter
 from .joint import learn_from, run_settings, source_stream
 from .labels import IGNORE
 from .methods import Job, Method, accelerator_of, learn
@@ -83,10 +83,9 @@ def known_images(
     batch,  # dict: source, target, and few where some target images are finished; each begins with images and labels
     kind,   # Of the target's labels, as in `MixTeacher`
 )->list:    # (images, labels) that are learned by themselves
-    "The target's known labels; the source's where it has none; both where they are points."
-    if 'few' in batch: return [batch['few'][:2]]
-    names = dict(point=('source', 'target'), coarse=('target',)).get(kind, ('source',))
-    return [batch[n][:2] for n in names]
+    "Those of the source, and those of the target on which somebody has labelled pixels."
+    target = [] if kind in ('none', 'image') else ['few' if 'few' in batch else 'target']
+    return [batch[n][:2] for n in ('source', *target)]
 
 def _learn(student, images, labels, cfg, rng, generator, backward, acc):
     with held(student, acc):
@@ -101,8 +100,8 @@ def step(
     seed=0,            # Seed of all that is drawn in a step
     backward=Tensor.backward, acc=None,  # `accelerator.backward` and the accelerator in a run of several processes
 )->dict:               # Detached scalars to log
-    "One update from two backward passes, three with points."
-    (x,y),(x_t,y_t,*tags),n = batch['source'],batch['target'],sched.last_epoch
+    "One update from two backward passes, three where target pixels are labelled."
+    (x,y),(x_t,y_t,*tags),n,reduce = batch['source'],batch['target'],sched.last_epoch,sum_over(acc)
     rng = rng_for(seed, 'mixteacher', n)
     generator = torch.Generator(x.device).manual_seed(int(rng.integers(2**62)))
     if n: update_average(teacher, student, min(cfg.alpha, 1-1/(n+1)), None)   # a short memory at first
@@ -112,8 +111,9 @@ def step(
     pairs = known_images(batch | dict(source=(x, y)), cfg.labels)
     labelled = sum(_learn(student, *pair, cfg, rng, generator, backward, acc) for pair in pairs)
     z = student(network_input(student, strong_colours(m_x, cfg.colour, rng, generator)))
-    mix = mean_over((m_w*logits_cross_entropy(z, m_y, reduction='none')).sum(), (m_y != IGNORE).sum(), sum_over(acc))
-    backward(cfg.mix*mix)
+    mix = mean_over((m_w*logits_cross_entropy(z, m_y, reduction='none')).sum(), (m_y != IGNORE).sum(), reduce)
+    unknown = mean_over((y_t == IGNORE).sum(), torch.ones_like(y_t).sum(), reduce)
+    backward(cfg.mix*unknown*mix)
     opt.step(), sched.step()
     return dict(labelled=labelled, mix=mix.detach(), sure=(m_w*~mask).sum()/(~mask).sum().clamp(min=1))
 
@@ -125,9 +125,10 @@ class MixTeacher:
     alpha:Share = .999             # How much of the teacher stays at each step
     tau:Share = .968               # The teacher is sure of a pixel from this confidence on
     balance:Weight = .5            # How much more the teacher's labels of rare classes count: power of the class's share; 0: no more
-    mix:Weight = 1.                # Weight of the mixed images
-    weight:Weight = 1.             # Weight of the images with known labels: those of the target where there are some, else the source's
+    mix:Weight = 1.                # Weight of the mixed images, times the share of target pixels that nobody has labelled
+    weight:Weight = 1.             # Weight of the images with known labels, of each domain
     colour:Tint = .25              # Strength of the colour changes, 0..0.5; 0: none, and no blur
+    adapt_bn:Count = 64            # Target images whose statistics the result's batch norms take in the end; 0: those met on the way
     style:Share = 1.               # How often the labelled images come in the colours of the target's, 0..1
     rare:Weight = 0.               # Temperature of rare-class sampling of the source; 0: every image once an epoch
     optimizer:Literal['adamw', 'sgd'] = 'adamw'               # Its rule
@@ -164,7 +165,11 @@ def adapt(
     opt,sched = optimizer_of(student, cfg, cfg.length)
     student,opt = acc.prepare(student, opt)
     seed = int(rng_for(job.run.seed, 'process', acc.process_index).integers(2**62))
-    one = lambda batch: step(student, teacher, opt, sched, batch, cfg, seed, acc.backward, acc)
+    def one(batch):
+        log = step(student, teacher, opt, sched, batch, cfg, seed, acc.backward, acc)
+        if cfg.adapt_bn and sched.last_epoch == job.run.steps:
+            adapt_segmenter(segmenter(teacher, job.method.feed(cfg)), job.target, cfg.adapt_bn)
+        return log
     job.net = teacher
     return learn(job, one, paired(**streams_of(job)), dict(net=teacher, student=student, opt=opt, sched=sched), acc=acc, collate=stacked)
 

@@ -164,7 +164,7 @@ def everything(
     rows += [Entry('proda', 'proda', adabn=True)]
     rows += [Entry(f'wdass {k}', 'wdass', k, adabn=True) for k in labels if k in KINDS]
     rows += [Entry(f'pixda {k}', 'pixda', k, folder=f'pixda_{k.split("-")[0]}') for k in labels if k.endswith('-shot')]
-    return rows + [Entry(f'mixteacher {k}', 'mixteacher', k, adabn=True) for k in labels]
+    return rows + [Entry(f'mixteacher {k}', 'mixteacher', k) for k in labels]
 
 # %% ../nbs/07_shell/04a_plans.ipynb #pn000024
 def entries_of(

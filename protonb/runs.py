@@ -23,10 +23,9 @@ from .datasets import open_dataset, require_labels
 from .efficientnet import LITE_NETWORKS, imagenet_file
 from .evaluation import Scores, evaluate
 from .folders import read_stages
-from .feeding import Feed, TestTime, at_test_time, feed_of_old, network_input, resampled, segmenter
+from .feeding import Feed, TestTime, adapt_segmenter, at_test_time, feed_of_old, segmenter
 from .labels import CAMVID, CITYSCAPES, CITYSCAPES13, CITYSCAPES16, ClassSpace
 from .prototypes import load_prototypes
-from .teachers import adapt_statistics
 from .start import STOPPED
 from .training import Diverged, changes, checkpoint_info, checkpoints, newest_states, seed_everything
 from .weights import first_of, read_file, state_id, unusable
@@ -377,10 +376,9 @@ def take_statistics(
     run:Run,  # An opened run, changed in place
     images,   # Of the target; labels are not looked at
 ):
-    "AdaBN: the batch norms take the statistics of some images, which the network sees as it is fed otherwise."
+    "AdaBN, of a run."
     run.id                      # scores belong to the weights as they were
-    see = lambda x: network_input(run.net, resampled(x, run.segment.base(x.shape[2:])), run.feed.input)
-    adapt_statistics(run.net, images, inputs=see)
+    adapt_segmenter(run.segment, images)
 
 def _adapt(run, spec):
     if run.adapted: raise InputError(f'{run.dir}: its batch norms have the statistics of {run.adapted}; open the run again')

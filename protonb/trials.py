@@ -21,7 +21,7 @@ from .core import InputError, atomic_path
 from .data_tools import group_by
 from .datasets import open_dataset, require_labels, take
 from .evaluation import evaluate
-from .feeding import network_input, segmenter
+from .feeding import adapt_segmenter, segmenter
 from .few_shot import draw_shots, group_of
 from .folders import Busy, claimed
 from .options import probe, space_named
@@ -31,7 +31,6 @@ from .plans import Entry, Plan, folder_of, with_settings
 from .pseudo_labels import PartlyLabelled, Unlabelled
 from .recipes import Situation, flat
 from .runs import METHODS, build_net, go_on, open_run, net_options, read_config, space_to_dict, start_kind
-from .teachers import adapt_statistics
 from .training import Diverged, Train, accelerator_for, latest_checkpoint, read_rows
 from .validation import candidates
 from .validators import VALIDATORS, looks
@@ -242,7 +241,7 @@ class Peak:
 # %% ../nbs/07_shell/04b_trials.ipynb #cp000025
 def _adabn(bench, net):
     "The network, changed in place, with the statistics of the target, which it sees as it is fed otherwise."
-    return adapt_statistics(net, bench.target, inputs=lambda x: network_input(net, x))
+    return adapt_segmenter(segmenter(net), bench.target).net
 
 def measured(
     bench:Bench,   # Plan and images

@@ -11,27 +11,27 @@ import protonb.adapt as A
 from protonb import mixteacher, source_only
 from protonb.cli import main
 from protonb.datasets import open_dataset
-from protonb.runs import open_run, read_config
+from protonb.runs import open_run, read_config, read_scores
 
 COLOURS = dict(ground=(110, 80, 40), wall=(200, 60, 60), sky=(70, 130, 220))
 N, H, W = 5, 60, 90
 
 
-def draw(rng, tint):
+def draw(rng, tint, h=H, w=W):
     """A wall between ground and sky; the target has other light."""
-    label = np.zeros((H, W), int)
-    label[: rng.integers(15, 30)] = 2
-    top, left = rng.integers(10, 25), rng.integers(5, 50)
-    label[top:50, left : left + rng.integers(20, 35)] = 1
+    label, at = np.zeros((h, w), int), lambda a, b, n: int(rng.integers(a, b) * n / 90)
+    label[: at(22, 45, h)] = 2
+    top, left = at(15, 38, h), at(5, 50, w)
+    label[top : h * 5 // 6, left : left + at(20, 35, w)] = 1
     colours = np.array(list(COLOURS.values()))
-    return np.clip(colours[label] * tint + rng.normal(0, 12, (H, W, 3)), 0, 255).astype(np.uint8), colours[label].astype(np.uint8), label
+    return np.clip(colours[label] * tint + rng.normal(0, 12, (h, w, 3)), 0, 255).astype(np.uint8), colours[label].astype(np.uint8), label
 
 
-def write(root, tint, seed, val=0, points=False, n=N):
+def write(root, tint, seed, val=0, points=False, n=N, size=(H, W)):
     """Images and masks in colours, and their description; with `points`, three pixels of each class alone have a label."""
     rng = np.random.default_rng(seed)
     for i in range(n + val):
-        split, (image, mask, label) = "train" if i < n else "val", draw(rng, tint)
+        split, (image, mask, label) = "train" if i < n else "val", draw(rng, tint, *size)
         if points:
             keep = np.zeros((H, W), bool)
             for k in range(3): keep[tuple(rng.permutation(np.argwhere(label == k))[:3].T)] = True
@@ -88,6 +88,17 @@ def test_two_folders_end_in_an_answer(town, whole):
 def fixed(monkeypatch):
     """No steps are measured."""
     monkeypatch.setattr(A, "step_seconds", lambda job: (0.1, 0.0))
+
+
+def test_three_classes_at_another_size_get_better(tmp_path, capsys):
+    """30 and 30 images of 200x300 pixels, masks in colours, light that the source has never seen."""
+    source = write(tmp_path / "game", 1.0, 1, n=30, size=(200, 300))
+    target = write(tmp_path / "street", np.array([0.5, 0.7, 1.1]), 2, val=8, n=30, size=(200, 300))
+    words = ["adapt", "--source", source, "--target", target, "--out", tmp_path / "answer", "--net", "pbal_small", "--size", "100x150", "--steps", 60, "--device", "cpu"]
+    assert main([str(w) for w in words]) == 0
+    start, adapted = (next(iter(read_scores(tmp_path / "answer" / n, open_run(tmp_path / "answer" / n)).values())).miou for n in ("start", "adapted"))
+    assert adapted > start + 0.05
+    assert "Without labels, by information maximisation" in (tmp_path / "answer" / "report.html").read_text()
 
 
 class Killed(BaseException):

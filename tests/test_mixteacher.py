@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from protonb import joint, mixteacher
@@ -15,7 +16,7 @@ from protonb.mixing import mix_masks
 from protonb.options import open_target
 from protonb.pseudo_labels import PartlyLabelled, Unlabelled
 from protonb.streets import REAL, SYNTHETIC, Streets
-from protonb.teachers import average_of
+from protonb.teachers import adapt_statistics, average_of
 from protonb.training import Train
 from protonb.transforms import normalize
 from protonb.weak_labels import WeakLabels
@@ -109,12 +110,14 @@ def test_mixteacher_step_is_its_equation(kind, style):
     ids, w = ids.where(y_t == IGNORE, y_t), w.where(y_t == IGNORE, torch.tensor(1.))
     m_x, m_y, m_w = torch.where(mask[:, None], x, x_t), torch.where(mask, y, ids), torch.where(mask, torch.tensor(1.), w)
     total = 0
-    for k_x, k_y in dict(none=[(x, y)], point=[(x, y), (x_t, y_t)], coarse=[(x_t, y_t)], few=[few])[kind]:
+    for k_x, k_y in [(x, y), *dict(none=[], few=[few]).get(kind, [(x_t, y_t)])]:
         total = total + .5*plain_cross_entropy(plain(normalize(k_x)), k_y).sum()/(k_y != IGNORE).sum()
-    total = total + .7*(m_w*plain_cross_entropy(plain(normalize(m_x)), m_y)).sum()/(m_y != IGNORE).sum()
+    unknown = (y_t == IGNORE).float().mean()
+    assert unknown == 1 if kind == "none" else 0 < unknown < 1
+    total = total + .7*unknown*(m_w*plain_cross_entropy(plain(normalize(m_x)), m_y)).sum()/(m_y != IGNORE).sum()
     total.backward()
     close(grads(student), grads(plain))
-    assert abs(.5*log["labelled"] + .7*log["mix"] - total) < 1e-4
+    assert abs(.5*log["labelled"] + .7*unknown*log["mix"] - total) < 1e-4
 
 
 def test_the_teacher_keeps_statistics_of_its_own():
@@ -126,6 +129,18 @@ def test_the_teacher_keeps_statistics_of_its_own():
     mixteacher.step(student, teacher, opt, torch.optim.lr_scheduler.ConstantLR(opt), batch, mixteacher.MixTeacher())
     slow(normalize(batch["target"][0]))
     for a, b in zip(teacher.buffers(), slow.buffers()): assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("count", [0, 4])
+def test_the_result_has_the_statistics_of_whole_target_images(count, tmp_path):
+    cfg = mixteacher.MixTeacher(adapt_bn=count, warm=0, length=2, window=EYES)
+    job = Job(mixteacher.METHOD, cfg, Train(steps=2, batch_size=2, checkpoint_every=2, device="cpu"), tmp_path, nets(), GAMES, Unlabelled(TARGET), progress=False)
+    net = train(job)["net"]
+    saved = load_file(tmp_path/"checkpoints"/"mixteacher-0000002"/"net.safetensors")
+    fresh = adapt_statistics(deepcopy(net), TARGET, 4)
+    same = [torch.equal(a, b) for a, b in zip(net.buffers(), fresh.buffers())]
+    assert all(same) if count else not all(same)
+    assert all(torch.equal(saved[k], v) for k, v in net.state_dict().items())
 
 
 DATA = ["--source", "streets:synthetic,count=6,size=65x129", "--target", "streets:real,count=6,size=65x129", "--net", "iapc_small", "--out", "x"]
