@@ -127,21 +127,20 @@ def is_control(
 
 # %% ../nbs/07_shell/05_compare.ipynb #cp0036f2
 BY_LABELS = ('labels', 'without a method', 'published', 'MixTeacher', 'gap')   # titles of the columns
-
 def by_labels(
     rows:list,   # From `summary`, of one network
 )->tuple:        # Titles of the columns; a list of texts for each kind of label
-    "For each kind of label the best control (one that ignores the labels, where it is better), the best published method, MixTeacher."
+    "For each kind of label the best control, the best published method, MixTeacher; of the first two one that ignores the labels, where it is better."
     def best(mine): return max(mine, key=lambda r: r['mean'], default=None)
     def told(r, name=True): return '' if r is None else with_error(r) + f' ({r["entry"]})'*name
-    rows = [r for r in rows if r['mean'] is not None and r['entry'] not in ('start', 'oracle')]
-    body = []
+    rows,body = [r for r in rows if r['mean'] is not None and r['entry'] not in ('start', 'oracle')],[]
     rank = lambda k: ('none', *KINDS).index(k) if k in ('none', *KINDS) else 1e9 if k == 'full' else 100+int(k.split('-')[0])
     for labels in sorted({r['labels'] for r in rows}, key=rank):
         mine = [r for r in rows if r['labels'] == labels]
         ours = best([r for r in mine if r['method'] == 'mixteacher'])
         plain = best([r for r in rows if is_control(r) and r['labels'] in ('none', labels)])
-        others = best([r for r in mine if r['method'] != 'mixteacher' and not is_control(r)])
+        published = [r for r in rows if r['method'] != 'mixteacher' and not is_control(r) and r['labels'] in ('none', labels)]
+        others = best(published) if any(r['labels'] == labels for r in published) else None
         way = '' if ours is None or ours['way'] is None else f'{ours["way"]:.0%}'
         body.append([labels, told(plain), told(others), told(ours, False), way])
     return [*BY_LABELS], body
@@ -162,15 +161,16 @@ def draw_bars(
     "Mean mIoU and standard error of every entry; the colour says which labels it has."
     ax,rows = fig.subplots(),[r for r in rows if r['mean'] is not None]
     kinds,y = list(dict.fromkeys(r['labels'] for r in rows)),np.arange(len(rows))
-    for i,kind in enumerate(kinds):
+    fixed = [*dict.fromkeys(['none', *KINDS, 'full', '1-shot', '5-shot', *kinds])]     # a kind has one colour in every figure
+    for kind in kinds:
         mine = [j for j,r in enumerate(rows) if r['labels'] == kind]
         value,error = ([rows[j][k] for j in mine] for k in ('mean', 'error'))
-        ax.barh(y[mine], value, .7, xerr=error, color=method_color(i), ecolor='gray', label=kind)
+        ax.barh(y[mine], value, .7, xerr=error, color=method_color(fixed.index(kind)), ecolor='gray', label=kind)
     for r in rows:
         if r['entry'] in ('start', 'oracle'): ax.axvline(r['mean'], lw=.8, ls=':', color='gray')
     ax.set_yticks(y, [r['entry'] for r in rows])
     ax.invert_yaxis()
-    ax.set_xlabel('mIoU in percent; labels of the target:')
+    ax.set_xlabel('mIoU in percent (dotted: start and oracle); labels of the target:')
     fig.set_layout_engine('constrained')
     fig.legend(loc='outside lower center', ncols=len(kinds), fontsize=8)
 

@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 IDS = [str(p.relative_to(ROOT / "nbs")) for p in NOTEBOOKS]
 PAGES = run_path(str(ROOT / "tools" / "pages.py"))
-stored = run_path(str(ROOT / "tools" / "pictures.py"))["stored"]
+PICTURES = run_path(str(ROOT / "tools" / "pictures.py"))
+stored = PICTURES["stored"]
 WIDE = 640    # pixels
 DRAWS = re.compile(r"\b(Streets|REAL|SYNTHETIC)\b|\bstreets:")
 PHOTOGRAPHS = {  # notebooks that draw streets and speak of real photographs
@@ -53,6 +54,7 @@ def test_a_notebook_is_small_and_names_no_machine(path):
     found = re.search(r"(/home/\w+|/root\b|/work/|/tmp/\w+|site-packages)", text)
     assert not found, text[max(0, found.start() - 60):found.end() + 60]
     assert '"output_type": "error"' not in text
+    assert PICTURES["without_bars"](text) == text, "a progress bar in an output; run `make export`"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=IDS)
