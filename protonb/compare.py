@@ -130,7 +130,7 @@ BY_LABELS = ('labels', 'without a method', 'published', 'MixTeacher', 'gap')   #
 def by_labels(
     rows:list,   # From `summary`, of one network
 )->tuple:        # Titles of the columns; a list of texts for each kind of label
-    "For each kind of label the best control, the best published method, MixTeacher; of the first two one that ignores the labels, where it is better."
+    "For each kind of label the best control and published method (one that ignores labels, where it is better), and MixTeacher."
     def best(mine): return max(mine, key=lambda r: r['mean'], default=None)
     def told(r, name=True): return '' if r is None else with_error(r) + f' ({r["entry"]})'*name
     rows,body = [r for r in rows if r['mean'] is not None and r['entry'] not in ('start', 'oracle')],[]
@@ -169,8 +169,7 @@ def draw_bars(
     for r in rows:
         if r['entry'] in ('start', 'oracle'): ax.axvline(r['mean'], lw=.8, ls=':', color='gray')
     ax.set_yticks(y, [r['entry'] for r in rows])
-    ax.invert_yaxis()
-    ax.set_xlabel('mIoU in percent (dotted: start and oracle); labels of the target:')
+    ax.invert_yaxis(), ax.set_xlabel('mIoU in percent (dotted: start and oracle); labels of the target:')
     fig.set_layout_engine('constrained')
     fig.legend(loc='outside lower center', ncols=len(kinds), fontsize=8)
 
