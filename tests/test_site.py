@@ -82,5 +82,5 @@ def test_a_drawing_is_never_too_small_to_read():
     book.files = {}
     made = site["Renderer"](book, "03_models/01_resnet.html").image("text", "../images/resnet_stages.svg")
     wide = int(re.search(r'width="(\d+)"', (ROOT/"nbs"/"images"/"resnet_stages.svg").read_text())[1])
-    assert made.startswith('<span class="drawing">') and f'min-width:{Drawing.least*wide:.0f}px' in made
+    assert made.startswith('<span class="drawing" ') and f'min-width:{Drawing.least*wide:.0f}px' in made
     assert "drawing" not in site["Renderer"](book, "index.html").image("text", "images/demo.png")

@@ -133,7 +133,7 @@ class Renderer(IPythonRenderer):
         image = f'<img alt="{html.escape(text)}" src="{html.escape(self.book.target(self.page, url))}" loading="lazy"'
         wide = re.match(rb'<svg [^>]*?\bwidth="(\d+)"', self.book.files.get(f"images/{Path(url).name}", b""))
         # a drawing has letters: on a narrow screen it scrolls, never under 85 % of its width, as protonb.diagrams has it
-        return f'<span class="drawing">{image} style="min-width:{.85*int(wide[1]):.0f}px"></span>' if wide else f"{image}>"
+        return f'<span class="drawing" tabindex="0">{image} style="min-width:{.85*int(wide[1]):.0f}px"></span>' if wide else f"{image}>"
 
     def table(self, text):
         return f'<div class="table"><table>{text}</table></div>'
