@@ -141,7 +141,9 @@ def describe(
 )->str:    # A few words
     "What a thing is, for an error message."
     if isinstance(x, dict): return f"the entries {', '.join(map(str, list(x)[:6]))}" if x else 'nothing'
-    return f'a tensor of shape {tuple(x.shape)}' if isinstance(x, torch.Tensor) else f'a {type(x).__name__}'
+    if isinstance(x, torch.Tensor): return f'a tensor of shape {tuple(x.shape)}'
+    kind = type(x).__name__
+    return f'{"an" if kind[0] in "aeioAEIO" else "a"} {kind}'
 
 # %% ../nbs/03_models/04_weights.ipynb #280c5496
 #: What the entry with the network is called, the likeliest first

@@ -54,7 +54,7 @@ def test_a_notebook_is_small_and_names_no_machine(path):
     found = re.search(r"(/home/\w+|/root\b|/work/|/tmp/\w+|site-packages)", text)
     assert not found, text[max(0, found.start() - 60):found.end() + 60]
     assert '"output_type": "error"' not in text
-    assert PICTURES["without_bars"](text) == text, "a progress bar in an output; run `make export`"
+    assert PICTURES["without_noise"](text) == text, "a progress bar or a profiler's log in an output; run `make export`"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=IDS)

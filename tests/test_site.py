@@ -1,7 +1,9 @@
 """What the site is made from: every exported name is described. The pages themselves are looked at by `make test-browser`."""
 import ast
+import re
 import sys
 from pathlib import Path
+from runpy import run_path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/"tools"))
@@ -61,3 +63,24 @@ def test_cells_that_are_not_for_reading():
     assert cells.hidden("#| hide\nx = 1") and cells.hidden("#| default_exp ops") and not cells.hidden("#| export\nx = 1")
     assert cells.only_imports("#| export\nimport os\nfrom torch import nn") and not cells.only_imports("import os\nos.getcwd()")
     assert cells.only_imports("import os\nif True: os.environ.setdefault('A', '1')") and not cells.only_imports("imports = 1")
+
+
+def test_alternative_texts():
+    described = run_path(str(ROOT/"tools"/"site.py"))["described"]
+    cell = lambda source: {"source": source}
+    assert described(cell("#| fig-alt: Three discs\nplt.plot(x)"), {}, "Before:") == "Three discs"
+    assert described(cell("ax.set(xlabel='steps\\nof stage 1', title='$q$')"), {}, "No lead. So it goes, `step` by step:") == \
+        "Figure (steps of stage 1): So it goes, step by step"
+    assert described(cell("plt.plot(x)"), {}, "A sentence about something else.", "The sky") == 'Figure in "The sky"'
+
+
+def test_a_drawing_is_never_too_small_to_read():
+    """Letters of the drawings in nbs/images stay as large as those of `protonb.diagrams.Drawing`."""
+    from protonb.diagrams import Drawing
+    site = run_path(str(ROOT/"tools"/"site.py"))
+    book = site["Book"].__new__(site["Book"])      # not read: one image asks for the place of its page and a list of files
+    book.files = {}
+    made = site["Renderer"](book, "03_models/01_resnet.html").image("text", "../images/resnet_stages.svg")
+    wide = int(re.search(r'width="(\d+)"', (ROOT/"nbs"/"images"/"resnet_stages.svg").read_text())[1])
+    assert made.startswith('<span class="drawing" ') and f'min-width:{Drawing.least*wide:.0f}px' in made
+    assert "drawing" not in site["Renderer"](book, "index.html").image("text", "images/demo.png")

@@ -1,4 +1,4 @@
-"""Lighter outputs of the book, `make export` or python tools/pictures.py NOTEBOOK ...: pictures with at most 256 colours, a third of the bytes; no progress bars."""
+"""Lighter outputs of the book, `make export` or python tools/pictures.py NOTEBOOK ...: pictures with at most 256 colours, a third of the bytes; no noise on stderr."""
 import base64
 import io
 import json
@@ -32,26 +32,27 @@ def lighter(raw, colours=256):
     return min(raw, out.getvalue(), key=len)
 
 
-def is_bar(output):
-    """Whether an output is a progress bar, which tells the time of one day."""
-    return output.get("name") == "stderr" and "\r" in "".join(output["text"])
+def is_noise(output):
+    """Whether an output tells nothing but the time of one day: a progress bar, or what torch's profiler logs from C++."""
+    text = "".join(output.get("text", ""))
+    return output.get("name") == "stderr" and ("\r" in text or all(line.startswith("USDT:") for line in text.splitlines()))
 
 
-def without_bars(text):
-    """A notebook's text without progress bars; the same text where there are none."""
+def without_noise(text):
+    """A notebook's text without such outputs; the same text where there are none."""
     book = json.loads(text)
     for cell in book["cells"]:
-        if any(map(is_bar, cell.get("outputs", []))):
-            cell["outputs"] = [o for o in cell["outputs"] if not is_bar(o)]
+        if any(map(is_noise, cell.get("outputs", []))):
+            cell["outputs"] = [o for o in cell["outputs"] if not is_noise(o)]
             text = json.dumps(book, indent=1, ensure_ascii=False) + "\n"
     return text
 
 
 def main(paths):
-    """Rewrite the notebooks that have a bar, or a picture with more colours."""
+    """Rewrite the notebooks that have noise, or a picture with more colours."""
     for path in map(Path, paths or sorted((ROOT/"nbs").rglob("*.ipynb"))):
         old = path.read_text(encoding="utf-8")
-        new = without_bars(old)
+        new = without_noise(old)
         for _, kind, text, _ in stored(path):
             small = base64.b64encode(lighter(base64.b64decode(text))).decode() if kind == "image/png" else text
             if small != text:

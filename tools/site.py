@@ -130,7 +130,10 @@ class Renderer(IPythonRenderer):
         return f'<a href="{html.escape(self.book.target(self.page, url))}">{inner}</a>'
 
     def image(self, text, url, title=None):
-        return f'<img alt="{html.escape(text)}" src="{html.escape(self.book.target(self.page, url))}" loading="lazy">'
+        image = f'<img alt="{html.escape(text)}" src="{html.escape(self.book.target(self.page, url))}" loading="lazy"'
+        wide = re.match(rb'<svg [^>]*?\bwidth="(\d+)"', self.book.files.get(f"images/{Path(url).name}", b""))
+        # a drawing has letters: on a narrow screen it scrolls, never under 85 % of its width, as protonb.diagrams has it
+        return f'<span class="drawing" tabindex="0">{image} style="min-width:{.85*int(wide[1]):.0f}px"></span>' if wide else f"{image}>"
 
     def table(self, text):
         return f'<div class="table"><table>{text}</table></div>'
@@ -256,7 +259,7 @@ class Book:
         size = "" if end == "svg" else ' width="{}" height="{}"'.format(*Image.open(io.BytesIO(raw)).size)
         return name, f'alt="{html.escape(alt)}"{size} loading="lazy"'
 
-    def outputs(self, cell, page, before):
+    def outputs(self, cell, page, before, place):
         """What a cell shows."""
         out, plain = [], []
 
@@ -279,17 +282,17 @@ class Book:
                 body = re.sub(r'<source media="\(prefers-color-scheme: dark\)"[^>]*>', "", body)
                 out.append(f'<div class="shown html">{body}</div>')
             else:
-                name, rest = self.picture(body, kind, described(cell, o, before))
+                name, rest = self.picture(body, kind, described(cell, o, before, place))
                 out.append(f'<figure><img src="{self.relative(page, name)}" {rest}></figure>')
         flush()
         return f'<div class="outputs" data-search-exclude>{"".join(out)}</div>' if out else ""
 
-    def code(self, cell, page, before):
+    def code(self, cell, page, before, place=""):
         """A code cell: highlighted source, what it exports, what it shows. Imports fold away, hidden cells are left out."""
         source = cell["source"]
         if hidden(source):
             return ""
-        shown = self.outputs(cell, page, before)
+        shown = self.outputs(cell, page, before, place)
         if silent(source):
             return self.block(shown, "cell") if shown else ""
         exported = re.search(r"^#\|\s*export", source, re.M)
@@ -311,7 +314,7 @@ class Book:
         """The page of a notebook."""
         nb = nbformat.read(path, 4)
         rel = path.relative_to(NBS)
-        page, out, last, title, promise = self.page_of(rel), [], "", path.stem, ""
+        page, out, last, place, title, promise = self.page_of(rel), [], "", "", path.stem, ""
         for cell in nb.cells:
             if cell.cell_type == "markdown":
                 source = cell.source
@@ -321,9 +324,10 @@ class Book:
                     out.append(f"# {title} {{: #top }}\n" + self.block(self.markdown(promise, page), "promise") + self.facts(rel))
                     source = source[first.end():]
                 out.append(self.text(source, page))
-                last = source
+                last, place = source, ([place] + re.findall(r"^#+\s+(.+?)\s*$", plain(source), re.M))[-1]
             elif cell.cell_type == "code":
-                out.append(self.code(cell, page, last))
+                out.append(self.code(cell, page, last, place or title))
+                last = "" if "<figure" in out[-1] else last      # it leads to one figure
         self.pages[page] = self.front(title, promise) + folded("".join(out))
         self.find_examples(nb, rel, page)
         return {title: page.replace(".html", ".md")}
@@ -507,9 +511,15 @@ def folded(text):
     return re.sub(r"</details>\s*</div>\s*<div class=\"cell[^\"]*\" (id=\"[^\"]*\")>\s*<details class=\"imports\"><summary>imports</summary>", r"<span \1></span>", text)
 
 
-def described(cell, output, before):
+def plain(text):
+    """Markdown without code, tables, formulas on their own and the marks of the rest."""
+    text = re.sub(r"```.*?```|^\|.*$|\$\$.*?\$\$", "", text, flags=re.M | re.S)
+    return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", re.sub(r"[`*]", "", text)).strip()
+
+
+def described(cell, output, before, place=""):
     """Alternative text of a figure: what the cell says (`#| fig-alt:`, or `alt` in the output's metadata), else its titles and labels, and the sentence
-    that leads to it."""
+    that leads to it with a colon; where there is nothing of that, the section it belongs to."""
     given = re.search(r"^#\|\s*(?:fig-)?alt:\s*(.+)$", cell["source"], re.M)
     if given:
         return given[1].strip().strip("\"'")
@@ -518,11 +528,12 @@ def described(cell, output, before):
         if isinstance(m.get("alt"), str):
             return m["alt"]
     words = re.findall(r"(?:title|xlabel|ylabel|suptitle)\w*\s*(?:=|\()\s*f?'([^'{}]{3,})'", cell["source"])
-    text = re.sub(r"```.*?```|^\|.*$|^#+.*$|\$\$.*?\$\$", "", before, flags=re.M | re.S)
-    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", re.sub(r"[`*$\\]", "", text)).strip()
-    sentences = re.split(r"(?<=[.:])\s+", re.sub(r"\s+", " ", text))
-    lead = sentences[-1].rstrip(":") if text else ""
-    return "Figure" + (f" ({'; '.join(dict.fromkeys(words))})" if words else "") + (f": {lead}" if lead else "")
+    words = [w for w in dict.fromkeys(w.replace("\\n", " ") for w in words) if not re.search(r"[$\\]", w)]
+    text = re.sub(r"\s+", " ", re.sub(r"^#+ .*$", "", plain(before), flags=re.M)).strip()
+    lead = re.split(r"(?<=[.!?])\s+", text)[-1]
+    lead = lead[:-1] if lead.endswith(":") and len(lead) <= 200 and not re.search(r"[$\\]", lead) else ""
+    where = f' in "{place}"' if place and not (words or lead) else ""
+    return "Figure" + where + (f" ({'; '.join(words)})" if words else "") + (f": {lead}" if lead else "")
 
 
 def first(doc):
