@@ -127,6 +127,8 @@ def open_domains(
     if first and first.config['net'] not in ADAPTABLE:
         raise InputError(f'--start {o.start}: its network is {first.config["net"]}; expected one of {", ".join(ADAPTABLE)}')
     space = first.space if first else space_named(o.classes)
+    if o.classes and space.classes != space_named(o.classes).classes:
+        raise InputError(f'--classes {o.classes}: --start {o.start} knows {space.num_classes} others; expected those, or none')
     source = opened(o, 'source', lambda spec: open_dataset(spec, 'train', space)) if o.source else None
     space = space or source.space
     target = opened(o, 'target', lambda spec: open_dataset(spec, 'train', space, labelled=False), labelled=False)

@@ -44,7 +44,9 @@ class Entry:
         fit = BUDGETS[m.target]
         yield re.fullmatch(fit, self.labels), 'labels', fit.replace('|', ', ').replace(SHOTS, '1-shot (2-shot, ...)')
         yield self.until in ('', *names), 'until', f'one of {", ".join(names)}'
-        yield re.fullmatch(r'[^/\\\0]+', self.name + self.folder), 'name folder', 'words that a folder can be called by'
+        yield isinstance(self.settings, dict) and 'labels' not in self.settings, 'settings', 'a table {name = value} without labels'
+        fits = re.fullmatch(r'[^/\\\0]{1,100}', self.name) and re.fullmatch(r'[^/\\\0]{0,100}', self.folder)
+        yield fits and not {'.', '..'} & {self.name, self.folder}, 'name folder', 'words that a folder can be called by'
 
 # %% ../nbs/07_shell/04a_plans.ipynb #pn000010
 @checked_dataclass
@@ -87,6 +89,11 @@ class Plan:
     def agree(self):
         "What goes together."
         names = [e.name for e in self.entry]
+        table = {'': self.weights} if isinstance(self.weights, str) else self.weights
+        fits = isinstance(table, dict) and {*table} <= {'', *ADAPTABLE} and all(isinstance(v, str) for v in table.values())
+        yield fits, 'weights', "a file, 'imagenet', or a table of them by network"
+        yield len(set(self.networks)) == len(self.networks), 'networks', 'each once'
+        yield re.fullmatch(r'([^{}]|\{net\}|\{seed\})*', self.folder), 'folder', 'words, {net} and {seed}'
         yield len(set(names)) == len(names), 'entry', 'another name for each'
         yield '{seed}' in self.folder or len(self.seeds) == 1, 'folder seeds', 'a folder with {seed}'
         yield '{net}' in self.folder or len(self.networks) == 1, 'folder networks', 'a folder with {net}'

@@ -69,27 +69,37 @@ def without_gradient(
     finally:
         for p in held: p.requires_grad_(True)
 
+# %% ../nbs/04_learning/10_teachers.ipynb #ada00010
+def _behind_one_value(net, x):
+    "Batch norms that see one value per channel, behind a pooling to 1x1 of a single image: it has no statistics for them."
+    found = []
+    look = lambda m,a: found.append(m) if a[0].numel() == a[0].shape[1] else None
+    hooks = [m.register_forward_pre_hook(look) for m in net.modules() if isinstance(m, BATCH_NORMS)]
+    net(x)
+    for h in hooks: h.remove()
+    return found
+
 # %% ../nbs/04_learning/10_teachers.ipynb #dae4454c
 @torch.no_grad()
 def adapt_statistics(
     net,                # Network, changed in place
     dataset,            # Items are (image uint8 (3,H,W), anything); labels are not looked at
     count:int=64,       # Images, evenly spread over the data set
-    batch_size:int=8,   # Images at a time; they are resized to the size of the first
+    batch_size:int=8,   # Images at a time, one more in the last batch where one would be left over; resized to the size of the first
     inputs=normalize,   # images (B,3,H,W) uint8 -> what the network wants
 ):                      # The same network
     "Replace the stored statistics of every batch norm by those of some images; each batch counts the same."
-    norms,was = [m for m in net.modules() if isinstance(m, BATCH_NORMS)],net.training
-    device,at = next(net.parameters()).device,spread_over(len(dataset), count)
-    size = tuple(dataset[0][0].shape[1:])
-    net.eval()
+    was,device,at,size = net.training,next(net.parameters()).device,spread_over(len(dataset), count),tuple(dataset[0][0].shape[1:])
+    seen = lambda x: x if tuple(x.shape[1:]) == size else resize_image(x, size)
+    load = lambda part: inputs(torch.stack([seen(dataset[j][0]) for j in part]).to(device))
+    alone = _behind_one_value(net.eval(), load(at)) if len(at) == 1 else ()
+    norms = [m for m in net.modules() if isinstance(m, BATCH_NORMS) and m not in alone]
     momenta = [m.momentum for m in norms]
     for m in norms:
         m.reset_running_stats()
         m.train().momentum = None              # a plain mean over the batches
-    for i in range(0, len(at), batch_size):
-        images = [dataset[j][0] for j in at[i:i+batch_size]]
-        net(inputs(torch.stack([x if tuple(x.shape[1:]) == size else resize_image(x, size) for x in images]).to(device)))
+    last = len(at)-(batch_size > 1)            # an image that would be a batch by itself goes with those before it
+    for i in range(0, max(last, 1), batch_size): net(load(at[i:i+batch_size] if i+batch_size < last else at[i:]))
     for m,momentum in zip(norms, momenta): m.momentum = momentum
     return net.train(was)
 

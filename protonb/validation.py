@@ -89,10 +89,10 @@ class Validate:
 COLUMNS = ('run', 'stage', 'step', *VALIDATORS, 'miou')
 
 def _images_and_truth(spec, split, space, images):
-    "The images of a data set, and those that are looked at with their labels, or None where it has none."
+    "The images of a data set; those that are looked at with their labels, or None and why there are none."
     try: labelled = require_labels(open_dataset(spec, split, space), spec)
-    except InputError: return open_dataset(spec, split, space, labelled=False), None
-    return labelled, take(labelled, spread_over(len(labelled), images))
+    except InputError as e: return open_dataset(spec, split, space, labelled=False), None, str(e)
+    return labelled, take(labelled, spread_over(len(labelled), images)), ''
 
 def _number(v): return '-' if v is None or v != v else f'{v:.3f}' if isinstance(v, float) else str(v)
 
@@ -114,7 +114,7 @@ def validate_runs(
     for run in opened:
         if run.space.classes != first.space.classes:
             raise InputError(f'{run.dir}: has the classes of {run.space.name}, {first.dir} those of {first.space.name}; expected the same')
-    data,truth = _images_and_truth(o.data, o.split, first.space, o.images)
+    data,truth,why = _images_and_truth(o.data, o.split, first.space, o.images)
     for run in opened: rows += rows_of(run, data, truth, o.checkpoints, progress=not o.json, **how)
     ranked = [r for r in rows if o.by in r]
     if not ranked: raise InputError(f'--by {o.by}: no checkpoint holds a second network; expected another score')
@@ -123,6 +123,6 @@ def validate_runs(
     there = [c for c in COLUMNS if any(c in r for r in rows)]
     if o.json: print(json.dumps([{c: r.get(c) for c in there} for r in rows], indent=1))
     else: print(_align([there, None, *([_number(r.get(c)) for c in there] for r in rows)]))
-    said = f'{min(o.images, len(data))} of {len(data)} images' + ('' if truth is not None else ' without labels')
+    said = f'{min(o.images, len(data))} of {len(data)} images' + ('' if truth is not None else f' without labels ({why})')
     if not o.json: print(f'higher is better; ranked by {o.by}, {said}')
     return 0

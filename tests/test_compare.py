@@ -226,6 +226,14 @@ def test_without_labels_only_what_needs_none(tmp_path, small, capsys):
     ('"iapc"', '"iapc"\nsettings = {moon = 1}', "IAPC: settings: 'moon' is unknown"),
     ('"iapc"', '"iapc"\nsettings = {lr = "fast"}', "IAPC: lr is 'fast'; expected"),
     ('name = "IAPC"', 'name = "start"', "start: is iapc with labels none; expected source-only"),
+    ('name = "IAPC"', 'name = ".."', "words that a folder can be called by"),
+    ('"iapc"', '"iapc"\nfolder = "."', "words that a folder can be called by"),
+    ('"iapc"', '"iapc"\nsettings = [1]', "settings is (1,); expected a table"),
+    ('"iapc"', '"iapc"\nsettings = {labels = "full"}', "expected a table {name = value} without labels"),
+    ("shots = [1]", 'networks = ["pbal_small", "pbal_small"]', "expected each once"),
+    ("shots = [1]", "weights = 3", "weights is 3; expected a file"),
+    ("shots = [1]", "weights = {moon = 'x'}", "or a table of them by network"),
+    *(('folder = "seed{seed}"', f"folder = '{f}'", "expected words, {net} and {seed}") for f in ("{net}/{foo}/{seed}", "{net}/{seed}{", "{0}{net}{seed}", "{seed:s}{net}")),
 ])
 def test_a_mistake_in_a_plan_is_one_line_and_nothing_is_written(small, tmp_path, capsys, old, new, says):
     path = small()

@@ -97,8 +97,8 @@ def test_images_of_other_sizes_spread_and_inputs():
     def inputs(x):
         seen.append(x)
         return x.float()/255
-    adapt_statistics(net(), images, count=3, batch_size=2, inputs=inputs)
-    assert [tuple(x.shape) for x in seen] == [(2, 3, 8, 10), (1, 3, 8, 10)] and seen[0].dtype == torch.uint8
+    adapt_statistics(net(), images, count=3, batch_size=2, inputs=inputs)          # two, and one that would be alone
+    assert [tuple(x.shape) for x in seen] == [(3, 3, 8, 10)] and seen[0].dtype == torch.uint8
     assert all(torch.equal(a, images.items[i]) for a, i in zip(torch.cat(seen), (0, 2, 4)))
     seen.clear()
     adapt_statistics(net(), images, inputs=inputs)
@@ -122,6 +122,22 @@ def draws(seed, N=3, K=6, C=5):
     counts = torch.randint(0, 25, (N, K), generator=g)
     vectors = torch.randn(N, K, C, generator=g)*(counts > 0)[..., None]
     return vectors, counts
+
+
+@pytest.mark.parametrize('n, batches', [(1, [1]), (2, [2]), (8, [8]), (9, [9]), (10, [8, 2]), (17, [8, 9]), (64, [8]*8)])
+def test_no_image_is_a_batch_by_itself(n, batches):
+    seen = []
+    adapt_statistics(net(), Images(*[(9, 9)]*n), inputs=lambda x: (seen.append(len(x)), normalize(x))[1])
+    assert seen[n == 1:] == batches
+
+
+@pytest.mark.parametrize('n', [1, 9])
+def test_a_norm_behind_a_pooling_to_one_pixel(n):
+    "One image has no statistics for it: what is stored stays; nine have."
+    own = nn.Sequential(*net(), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(5))
+    own[-1].running_mean.fill_(.5)
+    adapt_statistics(own, Images(*[(9, 9)]*n))
+    assert (own[-1].running_mean == .5).all() == (n == 1) and own[1].running_mean.any()
 
 
 @pytest.mark.parametrize('momentum', [.9999, .9, .3])
