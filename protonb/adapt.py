@@ -28,8 +28,8 @@ from .options import _weak, names_in, options_of, probe, space_named
 from .pages import make_report, scored
 from .pseudo_labels import Unlabelled
 from .recipes import Situation, choice_table, size
-from .runs import (ADAPTABLE, METHODS, FileOptions, Run, build_net, device_of, go_on, mark_of, open_any, net_options, open_run,
-                          ready, space_to_dict, start_kind)
+from .runs import (ADAPTABLE, METHODS, FileOptions, Run, Stopped, build_net, device_of, go_on, mark_of, open_any, net_options,
+                          open_run, ready, space_to_dict, start_kind)
 from .settings import Real, Seed, Whole, checked_dataclass
 from .training import Train, accelerator_for, read_rows
 from .validators import information_maximisation, looks
@@ -265,8 +265,8 @@ def adapt_job(
 # %% ../nbs/07_shell/03_adapt.ipynb #ad000035
 def step_seconds(
     job,           # Its network stays as it is
-    warm:int=2,    # Steps that do not count
-    count:int=3,   # Steps that do
+    warm:int=1,    # Steps that do not count
+    count:int=2,   # Steps that do
 )->tuple:          # Seconds of a step; seconds before the first one (IAPC labels all images)
     "Measured, on a few images, in a folder that is thrown away."
     with tempfile.TemporaryDirectory() as folder:
@@ -276,7 +276,9 @@ def step_seconds(
         begun = time.perf_counter()
         if len(stages) > 1: methods.train(trial(), stages[0][0])
         before = (time.perf_counter()-begun)*len(job.target)/len(few) if len(stages) > 1 else 0.
-        go_on(methods.train(trial()))
+        done = methods.train(trial())
+        if done.get('stopped') or not done['finished']:
+            raise Stopped('stopped while measuring; nothing is kept, the same command begins anew')
         rows = read_rows(Path(folder)/'run'/'timing.csv')
     return statistics.median(float(r['seconds']) for r in rows[warm:]),before
 
@@ -328,6 +330,7 @@ def plan_for(
     feed,n = feed_for(o, d),o.steps or STEPS
     trials = [] if o.start else [start_job(o, d, feed, n)]
     net,name = (deepcopy(d.first.net), d.first.config['net']) if o.start else (trials[0].net, o.net or NET)
+    print('measuring a few steps, to say how long it will take', flush=True)
     seconds = [(0., 0.)]*bool(o.start) + [step_seconds(job) for job in (*trials, adapt_job(o, d, feed, n, net, name))]
     if o.hours: n = steps_for(seconds, o.hours, o.start)
     return dict(asked=asked, feed=asdict(feed), steps=split_steps(n, o.start), seconds=seconds)
@@ -337,8 +340,8 @@ def tell(plan, begun):
     "What is to be expected."
     (m,n),((a,_),(b,before)) = plan['steps'],plan['seconds']
     each = (f'{m} steps of {a:.2g} s for the start, ' if m else '') + f'{n} of {b:.2g} s for the adaptation'
-    more = ', of which a part is done' if begun else '; scores and pictures not counted'
-    print(f'{each}: about {span(m*a + n*b + before)} in all{more}')
+    more = ', of which a part is done' if begun else '; checks, scores, pictures and the page come on top'
+    print(f'{each}: about {span(m*a + n*b + before)} of training{more}')
 
 # %% ../nbs/07_shell/03_adapt.ipynb #ad000042
 def trained(job):
@@ -369,8 +372,9 @@ def judged(
 )->str:               # A sentence for the page
     "Both networks by information maximisation; a warning where the adapted one is behind."
     start,adapted = (information_maximisation(list(looks(segmenters[t], target, images=images))) for t in ('start', 'adapted'))
-    said = f'Without labels, by information maximisation (higher is better): start {start:.2f}, adapted {adapted:.2f}.'
-    return said if adapted >= start else f'{said} The adapted network is behind: look at its pictures before it is used.'
+    said = 'Without labels, by information maximisation (higher is better; a hint, look at the pictures): '
+    said += f'start {start:.2f}, adapted {adapted:.2f}.'
+    return said if adapted >= start else f'{said} The adapted network is behind.'
 
 # %% ../nbs/07_shell/03_adapt.ipynb #ad000043
 def show(
@@ -390,9 +394,9 @@ def show(
     predict_files(ready(run), items, o.out/'predictions', d.space, device=device_of(run), formats=('color', 'overlay'),
                   mark=mark_of(run, TestTime()))
     print(f'predictions of {n} target images: {o.out/"predictions"}')
+    used = f'{len(d.target)} target images, labels of {len(d.known) if d.known else "none"} were used.'
     make_report(o.out/'report.html', runs, scores, Unlabelled(sample) if d.val is None else d.val, title='Start and adapted',
-                source=d.source, summary=f'{len(d.target)} target images, {len(d.known) if d.known else "none"} with labels. {told}',
-                commands=[words_of(o)])
+                source=d.source, summary=f'{used} {told}', commands=[words_of(o)])
 
 # %% ../nbs/07_shell/03_adapt.ipynb #ad000044
 def adapt(

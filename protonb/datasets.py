@@ -305,7 +305,8 @@ def _toml(path):
     for k, v in cfg.items():
         if k not in _KEYS: raise InputError(f'{path}: unknown key {k!r}, expected one of: {", ".join(_KEYS)}')
         kinds = _KEYS[k] if isinstance(_KEYS[k], tuple) else (_KEYS[k],)
-        if type(v) not in kinds: raise InputError(f'{path}: {k} is {v!r}, expected {_TOML_NAMES[_KEYS[k]]}')
+        such = f', such as {k} = {{train = "folder"}}' if k in ('images', 'labels') else ''
+        if type(v) not in kinds: raise InputError(f'{path}: {k} is {v!r}, expected {_TOML_NAMES[_KEYS[k]]}{such}')
     if 'images' not in cfg: raise InputError(f'{path}: has no table [images], expected one folder per split in it')
     for k in ('images', 'labels', 'lists'):
         for split, where in cfg.get(k, {}).items(): _toml_places(path, k, split, where)

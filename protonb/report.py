@@ -185,8 +185,9 @@ def panels_section(
     panels = list(panels)
     shown, width = panels[:most], 512 if len(panels) <= 6 else 400
     maps = [x for _, _, truth, preds in shown for x in (truth, *preds.values()) if x is not None]
-    inputs = [el('input', type='radio', name='view', id='v-'+k, checked='' if n == 0 else None) for n, (k, _) in enumerate(VIEWS)]
-    buttons = el('div', [el('label', t, for_='v-'+k) for k, t in VIEWS], class_='switch')
+    views = VIEWS if any(truth is not None for _, _, truth, _ in shown) else VIEWS[:2]        # no mistakes without a truth
+    inputs = [el('input', type='radio', name='view', id='v-'+k, checked='' if n == 0 else None) for n, (k, _) in enumerate(views)]
+    buttons = el('div', [el('label', t, for_='v-'+k) for k, t in views], class_='switch')
     note = el('p', f'{most} of {len(panels)} images.', class_='soft') if len(panels) > most else None
     return el('div', inputs, buttons, legend(space, class_ids(maps, space)),
               el('div', [panel_row(*p, space, width) for p in shown], class_='panels'), note, class_='views')
@@ -468,7 +469,7 @@ def page(
 
 # %% ../nbs/04_learning/05_report.ipynb #0e5066ac
 ABOUT = dict(
-    pictures='The image, what it truly shows, what each method makes of it. Black: not labelled.',
+    pictures='The image, what it truly shows where somebody has labelled it, what each method makes of it. Black: not labelled.',
     explorer='Point at a pixel: how similar is its feature to the prototype of each class? Choose a class: where is it found?',
     training='Faint: as logged. Strong: running mean.',
     prototypes='A prototype is the mean feature of a class; a pixel gets the class whose prototype it resembles most.',

@@ -127,6 +127,13 @@ def test_killed_in_the_middle_it_ends_with_the_same_bits(town, whole, monkeypatc
     assert {"start", "adapted"} == {name.split("/")[0] for name in want} and (out / "report.html").exists()
 
 
+def test_stopped_while_measuring_it_says_that_nothing_is_kept(town, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(A.methods, "train", lambda job, *until: dict(step=2, finished=False, stopped=True))
+    assert run(town, tmp_path / "out") == 130
+    said = capsys.readouterr().out
+    assert "stopped while measuring; nothing is kept" in said and "checkpoint" not in said and not (tmp_path / "out" / "adapt.json").exists()
+
+
 @pytest.mark.parametrize("text", ["[]", '{"asked": {}}', "["*100_000, '{"asked": {}, "steps": [4], "seconds": [[0, 0], [0, 0]], "feed": {}}',
                                   '{"asked": {}, "steps": [4, 2], "seconds": [[0, 0], [0, 0]], "feed": {"height": "high"}}'])
 def test_a_damaged_plan_is_named(town, tmp_path, capsys, text):
@@ -186,7 +193,7 @@ def test_source_free_without_any_label(town, whole, monkeypatch, capsys):
     assert main([str(w) for w in (*words, "--device", "cpu", "--images", 1)]) == 0
     assert open_run(out / "adapted").method == "iapc" and len(list((out / "predictions").iterdir())) == 2
     page = (out / "report.html").read_text()
-    assert "truth" not in page.split("<body>")[1].split("Set-up")[0].replace("what it truly shows", "") and "no scores" in capsys.readouterr().out
+    assert "truth" not in page.split("<body>")[1].split("Set-up")[0].replace("what it truly shows where somebody has labelled it", "") and "no scores" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("more, says", [
