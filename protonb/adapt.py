@@ -92,6 +92,8 @@ def opened(
 def known_of(o, space):
     "Target images with labels, weak ones or few; None where there are none."
     if not (o.few or o.weak): return None
+    if ':' not in o.few and o.few and not Path(o.few).is_file():
+        raise InputError(f'--few {o.few}: no such file; expected kind:path, or a text file with names of images of --target')
     named = lambda path: few_shot(open_dataset(o.target, 'train', space), names_in(path))
     if o.few: return opened(o, 'few', named if Path(o.few).is_file() else lambda spec: open_dataset(spec, 'train', space))
     m = METHODS['mixteacher']

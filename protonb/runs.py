@@ -147,6 +147,9 @@ def read_config(
 )->tuple:        # stage name, its entry of config.json
     "A stage of a run and its settings."
     path,stages = Path(run_dir)/'config.json',read_stages(run_dir)
+    if not stages and path.with_name('adapt.json').exists():
+        runs = f'{path.with_name("adapted")} or {path.with_name("start")}'
+        raise InputError(f'{run_dir}: the folder of `protonb adapt`; expected one of its runs, {runs}')
     if not stages: raise InputError(f'{run_dir}: not a run folder, it has no config.json; give the --out folder of `protonb train`')
     stage = stage or next((s for s in reversed(stages) if checkpoints(run_dir, s)), list(stages)[-1])
     if stage not in stages: raise InputError(f'{path}: has no stage {stage!r}; it holds {", ".join(stages) or "none"}')

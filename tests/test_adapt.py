@@ -143,6 +143,11 @@ def test_a_damaged_plan_is_named(town, tmp_path, capsys, text):
     assert "adapt.json: damaged" in err and len([line for line in err.splitlines() if line.startswith("protonb:")]) == 1
 
 
+def test_its_folder_is_no_run_and_says_which_are(whole, tmp_path, capsys):
+    assert main(["eval", str(whole), "--data", "images:."]) == 2
+    assert f"expected one of its runs, {whole / 'adapted'} or {whole / 'start'}" in capsys.readouterr().err
+
+
 def test_finished_stages_are_kept_and_another_command_is_refused(town, whole, monkeypatch, capsys):
     def never(*args, **kw): raise AssertionError("a finished run is not trained again")
     monkeypatch.setattr(source_only, "step", never)
@@ -197,7 +202,8 @@ def test_source_free_without_any_label(town, whole, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("more, says", [
-    (["--few", "folder:gone.toml"], "--few folder:gone.toml"), (["--weak", "images:gone"], "--labels"), (["--val", "folder:gone.toml"], "--val folder:gone.toml"),
+    (["--few", "folder:gone.toml"], "--few folder:gone.toml"), (["--few", "gone.txt"], "--few gone.txt: no such file"),
+    (["--target", "."], "perhaps images:."), (["--target", "gone.toml"], "perhaps folder:gone.toml"), (["--weak", "images:gone"], "--labels"), (["--val", "folder:gone.toml"], "--val folder:gone.toml"),
     (["--start", "gone"], "--start gone"), (["--size", "60"], "HEIGHTxWIDTH"), (["--steps", "2"], "--steps"), (["--steps", "6", "--hours", "1"], "one of them"),
     (["--source", "images:."], "--source images:."), (["--target", "folder:gone.toml"], "--target folder:gone.toml"), (["--source", ""], "--source"),
     (["--weak", "images:gone", "--labels", "point"], "--weak images:gone"), (["--few", __file__], f"--few {__file__}: the data set of 5 images"), (["--classes", "none"], "--classes")])
