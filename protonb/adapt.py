@@ -28,7 +28,7 @@ from .options import _weak, names_in, options_of, probe, space_named
 from .pages import make_report, scored
 from .pseudo_labels import Unlabelled
 from .recipes import Situation, choice_table, size
-from .runs import (ADAPTABLE, METHODS, FileOptions, Run, Stopped, build_net, device_of, go_on, mark_of, open_any, net_options,
+from .runs import (ADAPTABLE, METHODS, FileOptions, Run, build_net, device_of, go_on, mark_of, open_any, net_options,
                           open_run, ready, space_to_dict, start_kind)
 from .settings import Real, Seed, Whole, checked_dataclass
 from .training import Train, accelerator_for, read_rows
@@ -278,9 +278,7 @@ def step_seconds(
         begun = time.perf_counter()
         if len(stages) > 1: methods.train(trial(), stages[0][0])
         before = (time.perf_counter()-begun)*len(job.target)/len(few) if len(stages) > 1 else 0.
-        done = methods.train(trial())
-        if done.get('stopped') or not done['finished']:
-            raise Stopped('stopped while measuring; nothing is kept, the same command begins anew')
+        go_on(methods.train(trial()), 'stopped while measuring; nothing is kept, the same command begins anew')
         rows = read_rows(Path(folder)/'run'/'timing.csv')
     return statistics.median(float(r['seconds']) for r in rows[warm:]),before
 

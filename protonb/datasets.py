@@ -718,8 +718,9 @@ def _parse(spec):
     "kind, path and options of a text such as 'camvid:data/camvid,size=180x240'."
     kind, colon, rest = spec.partition(':')
     form = f'expected kind:path[,key=value] with one of: {", ".join(_KINDS)}'
-    guess = f'; perhaps images:{spec}' if Path(spec).is_dir() else f'; perhaps folder:{spec}' if spec.endswith('.toml') else ''
-    if kind not in _KINDS or not colon: raise InputError(f'data set {spec!r}: unknown kind {kind!r}, {form}{guess}')
+    if kind not in _KINDS or not colon:
+        guess = f'; perhaps images:{spec}' if Path(spec).is_dir() else f'; perhaps folder:{spec}' if spec.endswith('.toml') else ''
+        raise InputError(f'data set {spec!r}: unknown kind {kind!r}, {form}{guess}')
     path, *pairs = re.split(r',(?=\w+=)', rest)     # a comma inside a path is part of the path
     if not path: raise InputError(f'data set {spec!r}: names no path, {form}')
     return kind, path, _values(spec, kind, [p.split('=', 1) for p in pairs])

@@ -9,8 +9,8 @@ __all__ = ['METHOD', 'Trio', 'step', 'trio', 'student_optimizer', 'labels_at_cel
 # %% ../nbs/05_methods/03_iapc.ipynb #a9659791
 from dataclasses import dataclass, replace
 from torch import Tensor
-from .feeding import Feed, network_input, segmenter
-from .teachers import adapt_statistics, average_of, update_average
+from .feeding import Feed, adapt_segmenter, network_input, segmenter
+from .teachers import average_of, update_average
 
 # %% ../nbs/05_methods/03_iapc.ipynb #1c9ef759
 from copy import deepcopy
@@ -173,9 +173,10 @@ def pseudo_labels(
     "Stage 1: the source model labels every image once, no pixel is left out; goes on where it was stopped."
     bare,folder = Unlabelled(images),Path(run_dir)/'pseudo'
     network = state_id(source.state_dict())[:16] + (f', statistics of {cfg.adapt_bn} images' if cfg.adapt_bn else '')
-    if cfg.adapt_bn: adapt_statistics(source, bare, cfg.adapt_bn, inputs=lambda x: network_input(source, x))
+    segment = segmenter(source)
+    if cfg.adapt_bn: adapt_segmenter(segment, bare, cfg.adapt_bn)
     if acc is None or acc.is_main_process:
-        write_labels(segmenter(source), bare, folder, bare.space, scales=cfg.scales, flip=True,
+        write_labels(segment, bare, folder, bare.space, scales=cfg.scales, flip=True,
                      device=next(source.parameters()).device, progress=progress, network=network)
     if acc: wait_long(acc)
     return HardLabels(bare, folder)

@@ -358,10 +358,10 @@ class Stopped(Exception):
 
 def go_on(
     done:dict,  # What training returned
+    said='stopped at step {step} with a checkpoint; the same command goes on from there',   # How a stopped command ends
 ):
     "Pass on a finished run, end the command for a stopped one."
-    if done['finished'] and not done.get('stopped'): return
-    raise Stopped(f'stopped at step {done["step"]} with a checkpoint; the same command goes on from there')
+    if not done['finished'] or done.get('stopped'): raise Stopped(said.format(**done))
 
 def device_of(run): return next(run.net.parameters()).device   # where an opened run lives
 
