@@ -21,7 +21,7 @@ $(STAMP): requirements.lock setup.py settings.ini
 	@cmp -s requirements.lock $(VENV)/.lock || { echo "installing the pinned environment into $(VENV) (about two minutes)"; \
 	  $(BIN)/python -m pip install -q -r requirements.lock && cp requirements.lock $(VENV)/.lock; }
 	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
-	@touch $@
+	@touch $@; echo "$(VENV) is ready: source $(VENV)/bin/activate"
 
 demo: $(STAMP)  ## from source alone to MixTeacher with 21 labels on drawn streets, demo/report.html (five minutes on two cores)
 	$(BIN)/protonb demo --out demo

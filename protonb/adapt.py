@@ -27,7 +27,7 @@ from .options import _weak, names_in, options_of, probe, space_named
 # %% ../nbs/07_shell/03_adapt.ipynb #ad000005
 from .pages import make_report, scored
 from .pseudo_labels import Unlabelled
-from .recipes import Situation, choice_table, size
+from .recipes import Situation, size
 from .runs import (ADAPTABLE, METHODS, FileOptions, Run, build_net, device_of, go_on, mark_of, open_any, net_options,
                           open_run, ready, space_to_dict, start_kind)
 from .settings import Real, Seed, Whole, checked_dataclass
@@ -86,7 +86,7 @@ def opened(
     "The data set of an option, looked into."
     spec = getattr(o, role)
     try: ds = probe(make(spec))
-    except InputError as e: raise InputError(f'--{role} {spec}: {e}') from None
+    except InputError as e: raise InputError(f'--{role} {spec}: {str(e).removeprefix(f"{spec}: ")}') from None
     return require_labels(ds, f'--{role} {spec}') if labelled else ds
 
 def known_of(o, space):
@@ -347,7 +347,6 @@ def tell(plan, begun):
 def trained(job):
     "A run from wherever it stands; its network."
     print(f'\n{job.run_dir}: {job.method.name}, {job.run.steps} steps of {job.run.batch_size} images')
-    if table := choice_table(job.method.settings(), job.cfg): print(table)
     done = methods.train(job)
     go_on(done)
     return done['net']

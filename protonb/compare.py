@@ -276,6 +276,8 @@ def asked(
     "The plan with its images, all of it looked into; nothing is written."
     plan = read_plan(o.plan, o.root, out=str(o.out) if o.out else None)
     plan.seeds = tuple(dict.fromkeys((*plan.seeds, *o.seeds)))
+    if len(plan.seeds) > 1 and '{seed}' not in plan.folder:
+        raise InputError(f'--seeds: {o.plan} has one folder for all, {plan.folder!r}; expected one with {{seed}}')
     bench = open_plan(plan, o.tuning, device=o.device, progress=o.jobs == 1)
     first,*more = entries = entries_of(plan, bench.there)
     mine = [e for e in entries if not o.only or any(e.name == w or e.name.startswith(f'{w} ') for w in o.only)]

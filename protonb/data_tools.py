@@ -157,6 +157,12 @@ def _missing_classes(spec, split, space, table):
         told = f' ({", ".join(map(str, ids[c]))} in the files)' if ids[c] and ids[c] != [c] else ''
         yield fault('class without a pixel', f'class {space.classes[c]}{told} has no pixel in')
 
+def _rare(split, space):
+    "Classes with hardly a pixel: nobody will learn them from these images."
+    for c in np.flatnonzero((split.pixels > 0) & (split.shares < 1e-4)):
+        n, images = int(split.pixels[c]), int(split.images_with[c])
+        yield f'class {space.classes[c]} has only {n} pixel{"s"*(n > 1)}, in {images} image{"s"*(images > 1)} of split {split.name}'
+
 # %% ../nbs/07_shell/01c_data.ipynb #dd000021
 def _table(datasets, splits):
     "What may be written in a label -> train id, for the numbers or colours that the files hold."
@@ -237,6 +243,7 @@ def check_data(
     out.faults += twice
     _forgive(out)
     out.notes += [f'split {s.name} has no labels' for s in splits if not s.labelled] + twins
+    out.notes += [told for s in splits for told in _rare(s, out.space)]
     return out
 
 # %% ../nbs/07_shell/01c_data.ipynb #dd000027
@@ -245,7 +252,7 @@ def check_table(
 )->str:
     "Class shares in percent of the labelled pixels, and sizes (height x width)."
     if not c.splits: return ''
-    show = lambda s, x: f'{100*x:.2f}' if s.labelled else '-'
+    show = lambda s, x: '-' if not s.labelled else '<0.01' if 0 < x < 5e-5 else f'{100*x:.2f}'
     head, K = ('percent', *(s.name for s in c.splits)), range(c.space.num_classes)
     rows = [head, *((c.space.classes[k], *(show(s, s.shares[k]) for s in c.splits)) for k in K if any(s.labelled for s in c.splits)), None]
     rows.append(('labelled', *(show(s, s.pixels.sum()/max(1, s.pixels.sum() + s.void)) for s in c.splits)))
@@ -254,13 +261,21 @@ def check_table(
     sizes = [f'{s.name}: ' + ', '.join(f'{h}x{w} ({n})' for (h, w), n in s.sizes.most_common()) for s in c.splits]
     return '\n'.join([_align(rows), 'sizes (height x width)', *(f'  {line}' for line in sizes)])
 
+def _causes(faults):
+    "A line for each cause; what more files share is said of the first."
+    alike, count = {}, re.compile(r' \(\d+ px\)|(?<=its image ).*(?= is )')
+    for f in faults: alike.setdefault((f.kind, f.split, count.sub('', f.message.removeprefix(f'{f.file}: '))), []).append(f)
+    for (kind, split, _), (first, *more) in alike.items():
+        names = ', '.join(Path(f.file).name for f in more[:3]) + ', ...'*(len(more) > 3)
+        yield f'{kind} [{split or "all"}]  {first.message}' + (f'; the same of {len(more)} more: {names}' if more else '')
+
 def check_text(
     c:Checked,  # From `check_data`
 )->str:
-    "The faults, one a line, and what else is to be known."
+    "The faults, one cause a line, and what else is to be known."
     seen = [f'ids never seen: {", ".join(map(str, c.never_seen))}'] if c.never_seen else []
-    told = [f'{f.kind} [{f.split or "all"}]  {f.message}' for f in c.faults]
-    head = f'{len(told)} thing{"s are" if len(told) != 1 else " is"} wrong:' if told else 'nothing is wrong'
+    n, told = len(c.faults), list(_causes(c.faults))
+    head = f'{n} thing{"s are" if n != 1 else " is"} wrong{f", of {len(told)} kinds" if len(told) < n else ""}:' if n else 'nothing is wrong'
     return '\n'.join([*(f'note: {n}' for n in [*seen, *c.notes]), head, *(f'  {t}' for t in told)])
 
 # %% ../nbs/07_shell/01c_data.ipynb #dd000028

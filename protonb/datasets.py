@@ -190,7 +190,7 @@ def _within(space, base, kind):
     "A data set labelled with the classes of `base` can be opened in a subset of them only."
     odd = [c for c in space.classes if c not in base.classes]
     good = ', '.join(base.classes)
-    if odd: raise InputError(f'class space {space.name}: {kind} has no class {odd[0]!r}, expected a space made of: {good}')
+    if odd: raise InputError(f'class space {space.name}: {kind} has no class {odd[0]!r}; its classes are {good}')
 
 def _place(root, layout, text, split, condition):
     return Path(root)/text.format(split=dict(layout.splits).get(split, split), condition=condition)

@@ -544,6 +544,12 @@ EXPLORER_KEYS = {'← → ↑ ↓': 'on the image from cell to cell, with Shift 
                  'T P M I': 'truth, prediction, similarity map, the image alone', 'B A': 'before, after', 'N': 'next image',
                  '1 … 9 0': 'the map of that class; with Shift, classes 11 to 20', ', .': 'class before, class after'}
 
+def _keys(d):
+    "Those that do something with this data."
+    idle = {'B A': len(d['nets']) < 2, 'N': len(d['images']) < 2}
+    if any(i['truth'] for i in d['images']): return {k: t for k,t in EXPLORER_KEYS.items() if not idle.get(k)}
+    return {k.removeprefix('T '): t.removeprefix('truth, ') for k,t in EXPLORER_KEYS.items() if not idle.get(k)}
+
 def _button(text, key, value): return el('button', text, type='button', data_set=f'{key}:{value}', aria_pressed='false')
 
 def _tools(d):
@@ -589,7 +595,7 @@ def explorer_section(
     scale = [el('span', data_part='low'), el('i'), el('span', data_part='high'), el('span', data_part='class', class_='soft')]
     below = [el('div', scale, class_='x-scale', data_part='scale'), el('p', data_part='said', aria_live='polite')]
     head = [el('span', el('i', class_=f'x-m{i}'), n['name']) for i,n in enumerate(d['nets'])] if len(d['nets']) > 1 else None
-    keys = [(el('span', [(el('kbd', k), ' ') for k in ks.split()]), el('span', t)) for ks,t in EXPLORER_KEYS.items()]
+    keys = [(el('span', [(el('kbd', k), ' ') for k in ks.split()]), el('span', t)) for ks,t in _keys(d).items()]
     bars = [el('div', head, class_='x-head'), el('div', data_part='bars', style=f'--nets:{len(d["nets"])}'),
             el('p', 'A click holds a pixel, another one there lets it go. A bar chooses its class.', class_='soft')]
     data = json.dumps({k: v for k,v in d.items() if k != 'off'}, separators=(',', ':')).replace('<', '\\u003c')

@@ -128,7 +128,7 @@ class Demo:
     steps:Steps = 400         # Steps of each method from there
     oracle:bool = False       # Also train on all labelled target images: the upper end of the scale
     height:Whole(33, 2049) = 97  # Height of a scene in pixels, 8n+1
-    width:Whole(33, 2049) = 193  # Width of a scene in pixels, 8n+1
+    width:Whole(65, 2049) = 193  # Width of a scene in pixels, 8n+1
 
     def agree(self):  # What must hold
         for side in ('height', 'width'): yield getattr(self, side)%8 == 1, side, '8n+1 pixels, for example 97 or 193'

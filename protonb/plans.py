@@ -141,6 +141,8 @@ def read_plan(
     for i,e in enumerate(entries):
         entries[i] = filled(Entry, e, f'{path}: entry {i+1}')
         check(entries[i], lambda names: f'{path}: entry {i+1}: {".".join(names)}')
+    names = [e.name for e in entries]
+    if twice := [n for n in names if names.count(n) > 1]: raise InputError(f'{path}: two entries are called {twice[0]!r}; expected another name')
     plan = filled(Plan, told | dict(entry=entries), f'{path}')
     for k,v in (changes | dict(path=path)).items():
         if v is not None: setattr(plan, k, v)

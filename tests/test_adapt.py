@@ -212,6 +212,7 @@ def test_a_mistake_is_one_line_before_anything_is_written(town, tmp_path, monkey
     assert run(town, tmp_path / "out", *more) == 2
     err = capsys.readouterr().err.strip()
     assert len(err.splitlines()) == 1 and err.startswith("protonb: ") and says in err, err
+    assert more[0] != "--few" or err.count(more[1]) == 1, err          # what was given is said once
     assert not (tmp_path / "out").exists()
 
 

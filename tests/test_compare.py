@@ -226,6 +226,7 @@ def test_without_labels_only_what_needs_none(tmp_path, small, capsys):
     ('"iapc"', '"iapc"\nsettings = {moon = 1}', "IAPC: settings: 'moon' is unknown"),
     ('"iapc"', '"iapc"\nsettings = {lr = "fast"}', "IAPC: lr is 'fast'; expected"),
     ('name = "IAPC"', 'name = "start"', "start: is iapc with labels none; expected source-only"),
+    ('[[entry]]', '[[entry]]\nname = "IAPC"\nmethod = "iapc"\n[[entry]]', "two entries are called 'IAPC'"),
     ('name = "IAPC"', 'name = ".."', "words that a folder can be called by"),
     ('"iapc"', '"iapc"\nfolder = "."', "words that a folder can be called by"),
     ('"iapc"', '"iapc"\nsettings = [1]', "settings is (1,); expected a table"),
@@ -244,6 +245,13 @@ def test_a_mistake_in_a_plan_is_one_line_and_nothing_is_written(small, tmp_path,
     err = capsys.readouterr().err.strip()
     assert len(err.splitlines()) == 1 and err.startswith(f"protonb: {path}: ") and says in err, err
     assert not (tmp_path / "out").exists()
+
+
+def test_more_seeds_than_the_plan_has_folders_for(small, tmp_path, capsys):
+    path = small()
+    path.write_text(path.read_text().replace('folder = "seed{seed}"', 'folder = "one"'))
+    assert main(words(path, tmp_path / "out", "--seeds", 1)) == 2
+    assert f"--seeds: {path} has one folder for all, 'one'; expected one with {{seed}}" in capsys.readouterr().err
 
 
 def test_a_plan_that_is_not_there(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """`protonb data`: every planted fault is named in one run, the tables are true, and what is written can be opened again."""
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -107,6 +108,24 @@ def test_fifteen_planted_faults_are_named_in_one_run(town, capsys):
     assert all(name in text for _, name in planted)
 
 
+def test_one_cause_is_one_line_and_hardly_a_pixel_is_a_note(town, capsys):
+    label = mask(0, 1, size=(40, 60))
+    for i in range(20): save(town / "masks" / ("train" if i < 14 else "val") / f"p{i:02d}.png", label)
+    label[0, 0] = 2
+    save(town / "masks/train/p00.png", label)
+    for i in range(3, 6):
+        label[:i, 0] = 77                                     # as many pixels in no two files
+        save(town / f"masks/train/p{i:02d}.png", label)
+    assert main(["data", "check", f"folder:{town}/town.toml"]) == 2
+    text = capsys.readouterr().out
+    assert "class tree has only 1 pixel, in 1 image of split train" in text and re.search(r"tree +<0.01 +0.00", text)
+    assert "4 things are wrong, of 2 kinds:" in text             # and tree is in no label of val
+    line, = (line for line in text.splitlines() if "unknown id" in line)
+    assert "p03.png: unknown label id 77" in line and line.endswith("; the same of 2 more: p04.png, p05.png")
+    main(["data", "check", f"folder:{town}/town.toml", "--json"])
+    assert len(json.loads(capsys.readouterr().out)["faults"]) == 4
+
+
 def test_a_file_with_two_faults_tells_both(town):
     save(town / "masks" / "train" / "p05.png", mask(0, 77, size=(20, 30)))
     (town / "masks" / "train" / "p06.png").write_text("no mask")
@@ -206,7 +225,8 @@ def test_tables_of_real_files_are_true(kind):
                 sums[k] += int((label == k).sum())
         assert s.pixels.tolist() == sums and sum(s.sizes.values()) == len(ds)
     for line, name, k in zip(check_table(c).splitlines()[1:], c.space.classes, range(99)):
-        assert line.startswith(name) and line.split()[-1] == f"{100 * sums[k] / sum(sums):.2f}"
+        told = f"{100 * sums[k] / sum(sums):.2f}"
+        assert line.startswith(name) and line.split()[-1] == ("<0.01" if sums[k] and told == "0.00" else told)
 
 
 def test_camvid_against_its_own_numbers():

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from protonb import pages
+from protonb.core import InputError
 from protonb.labels import IGNORE
 from protonb.runs import build_net, open_run
 
@@ -55,6 +56,12 @@ def test_every_run_sees_what_its_title_says(small):
     seen = {title: (len(row[3]), labels(row[3])) for title, row in rows.items() if row[3] is not None}
     assert seen == {"half and half": (n, n), "DIP": (n, n), "MixTeacher, no labels": (60, 0), f"MixTeacher, {n} labels": (60, n)}
     assert rows["oracle"][2] is data["target"] and 0 < n < 60
+
+
+@pytest.mark.parametrize("side, low", [("height", 33), ("width", 65)])
+def test_the_smallest_scene_can_be_drawn(small, side, low):
+    assert len(pages.demo_data(replace(small, **{side: low}))["val"][0][0]) == 3
+    with pytest.raises(InputError, match=f"{side} is {low-8}; expected a whole number from {low} to 2,049"): replace(small, **{side: low-8})
 
 
 def test_adabn_changes_statistics_and_nothing_else(small):

@@ -62,6 +62,9 @@ def test_without_truth_points_have_predicted_classes():
     called = F.interpolate(l.segment(images[0][1][None]), (64, 96), mode="bilinear", align_corners=True)[0].argmax(0)
     assert d["images"][0]["truth"] is None and all(called[r, c] == k for _, r, c, k in d["pixels"])
     assert "view:truth" not in X.explorer_section(d)
+    assert list(X._keys(d)) == ["← → ↑ ↓", "P M I", "1 … 9 0", ", ."] and "truth" not in str(X._keys(d))      # one network, one image
+    both = X.explore([l, lens("b", 1)], [scene(64, 96, s) for s in (1, 2)], CITYSCAPES)
+    assert X._keys(both) == X.EXPLORER_KEYS
 
 
 def test_six_large_photographs_and_two_networks_fit_into_8_mb(tmp_path):
