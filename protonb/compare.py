@@ -12,9 +12,11 @@ import csv, os, shlex, statistics
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
+from threading import RLock
 from typing import Literal
 import numpy as np, torch
 from filelock import FileLock
+from tqdm import tqdm
 from tyro.conf import Positional
 from .core import InputError, atomic_path
 from .evaluation import _align, label_map
@@ -290,6 +292,7 @@ def asked(
 def _help(o):
     "A further process: it does what is free and says nothing of what goes wrong, since the first one comes to it as well."
     torch.set_num_threads(max(1, (os.cpu_count() or 1)//o.jobs))
+    tqdm.set_lock(RLock())                # its own is shared by processes, and would be left behind by one that is ended
     try:
         bench,_,wanted = asked(o)
         work(bench, wanted, o.seeds)

@@ -162,6 +162,19 @@ def home_of(
     return bench.out/bench.plan.folder.format(net=net, seed=seed)
 
 # %% ../nbs/07_shell/04b_trials.ipynb #cp00019b
+def _images_told(spec, ds):
+    "What a run may not find changed: kind, options and names of its images, wherever they lie."
+    names = hashlib.sha256('\n'.join(map(str, ds.names)).encode()).hexdigest()[:8]
+    return f'{",".join([spec.partition(":")[0], *spec.split(",")[1:]])}: {len(ds)} images, names {names}'
+
+def _about(bench, entry, name, source, target):
+    "What a configuration says of network and data."
+    data,first = bench.plan.data,entry.name == 'start'
+    of = dict(source=data.source if METHODS[entry.method].target != 'none' or entry.labels == 'none' else data.target, target=data.target)
+    told = {k: _images_told(of[k], ds) for k,ds in (('source', source), ('target', target)) if ds is not None}
+    weights = {'weights': Path(w).name} if first and (w := bench.plan.weights_of(name)) else {}
+    return dict(net=name, space=space_to_dict(bench.space)) | told | weights
+
 def job_of(
     bench:Bench,   # Plan and images
     entry:Entry,   # What is trained
@@ -173,8 +186,9 @@ def job_of(
     cfg,run = recipe(bench, entry, name),bench.plan.run
     steps = _steps(bench, entry)-getattr(cfg, 'kd_steps', 0)                 # PixDA's distillation is a part of its budget
     how = Train(max(1, steps), run.batch, seed, device=bench.device, checkpoint_every=run.every, keep=run.keep)
-    about = dict(net=name, space=space_to_dict(bench.space)) | net_options(net)
-    return methods.Job(METHODS[entry.method], cfg, how, home_of(bench, name, seed)/folder_of(entry), net, *images_for(bench, entry, seed),
+    images = images_for(bench, entry, seed)
+    about = _about(bench, entry, name, *images) | net_options(net)
+    return methods.Job(METHODS[entry.method], cfg, how, home_of(bench, name, seed)/folder_of(entry), net, *images,
                        lambda *_: deepcopy(net), about, begin='before', progress=bench.progress)
 
 # %% ../nbs/07_shell/04b_trials.ipynb #cp00019c

@@ -164,6 +164,7 @@ def test_processes_share_the_work_and_agree(small, tmp_path, capsys):
     plan = small()
     shared = subprocess.run(command(*words(plan, tmp_path / "two", "--jobs", 2, "--seeds", 0, 1)), capture_output=True, text=True, timeout=500)
     assert shared.returncode == 0, shared.stderr
+    assert "semaphore" not in shared.stderr, shared.stderr                                # of processes that were ended
     assert main(words(plan, tmp_path / "one", "--seeds", 0, 1)) == 0
     one, two = rows(tmp_path / "one/results.csv"), rows(tmp_path / "two/results.csv")
     assert list(one) == list(two) and len(one) == 12
@@ -182,6 +183,18 @@ def test_what_was_killed_goes_on_to_the_same_end(small, tmp_path):
     assert checkpoints(run)[-1][0] < 12 and not (run / "compare.json").exists()
     for out in ("killed", "whole"): assert main(words(plan, tmp_path / out, "--only", "start")) == 0
     assert [r["miou"] for r in rows(tmp_path / "killed/results.csv").values()] == [r["miou"] for r in rows(tmp_path / "whole/results.csv").values()]
+
+
+def test_other_training_images_are_refused_and_other_ones_to_score_on_are_not(small, tmp_path, capsys):
+    plan = small()
+    text = plan.read_text()
+    assert main(words(plan, tmp_path / "out", "--only", "start")) == 0
+    plan.write_text(text.replace('count=2,size=49x65,seed=2', 'count=3,size=49x65,seed=2'))
+    assert main(words(plan, tmp_path / "out", "--only", "start")) == 0
+    plan.write_text(text.replace('synthetic,split=train,count=4', 'synthetic,split=train,count=3'))
+    capsys.readouterr()
+    assert main(words(plan, tmp_path / "out", "--only", "start")) == 2
+    assert re.search(r"config.source 'streets,split=train,count=4,.*: 4 images.* -> .* 3 images", capsys.readouterr().err)
 
 
 def test_a_training_that_diverges_is_a_row(small, tmp_path, capsys):
