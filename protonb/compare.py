@@ -272,6 +272,7 @@ class Compare:
     images:Whole(0, 100) = 4    # Rows of pictures on the page
     device:Literal['auto', 'cpu', 'cuda'] = 'auto'  # Where to compute
 
+# %% ../nbs/07_shell/05_compare.ipynb #cp00004z
 def asked(
     o:Compare,   # Options
 )->tuple:        # Bench, all entries, those that are to be trained

@@ -147,6 +147,7 @@ class Checked:
     notes:list=field(default_factory=list)       # Sentences about what is odd and no fault
     never_seen:list=field(default_factory=list)  # Ids or colours (r,g,b) of the table that no file holds
 
+# %% ../nbs/07_shell/01c_data.ipynb #dd00002z
 def _missing_classes(spec, split, space, table):
     "Classes without a pixel."
     n, ids = len(split.seen), {c: [i for i, t in table.items() if t == c] for c in range(space.num_classes)}
@@ -261,6 +262,7 @@ def check_table(
     sizes = [f'{s.name}: ' + ', '.join(f'{h}x{w} ({n})' for (h, w), n in s.sizes.most_common()) for s in c.splits]
     return '\n'.join([_align(rows), 'sizes (height x width)', *(f'  {line}' for line in sizes)])
 
+# %% ../nbs/07_shell/01c_data.ipynb #13ab130c
 def _causes(faults):
     "A line for each cause; what more files share is said of the first."
     alike, count = {}, re.compile(r' \(\d+ px\)|(?<=its image ).*(?= is )')
@@ -275,7 +277,8 @@ def check_text(
     "The faults, one cause a line, and what else is to be known."
     seen = [f'ids never seen: {", ".join(map(str, c.never_seen))}'] if c.never_seen else []
     n, told = len(c.faults), list(_causes(c.faults))
-    head = f'{n} thing{"s are" if n != 1 else " is"} wrong{f", of {len(told)} kinds" if len(told) < n else ""}:' if n else 'nothing is wrong'
+    kinds = f', of {len(told)} kinds' if len(told) < n else ''
+    head = f'{n} thing{"s are" if n != 1 else " is"} wrong{kinds}:' if n else 'nothing is wrong'
     return '\n'.join([*(f'note: {n}' for n in [*seen, *c.notes]), head, *(f'  {t}' for t in told)])
 
 # %% ../nbs/07_shell/01c_data.ipynb #dd000028

@@ -130,19 +130,19 @@ def read_plan(
     **changes,   # Fields of `Plan` instead of the file's, where they are not None
 )->Plan:
     "A plan from a file, checked as a whole."
-    path,parts = Path(path),dict(data=PlanData, run=PlanRun)
+    path = Path(path)
     try: told = tomllib.loads(read_text(path, 'the TOML file of a plan'))
     except tomllib.TOMLDecodeError as e: raise InputError(f'{path}: is not valid TOML: {e}') from None
     told = with_root(told, root or path.parent)
-    for k,cls in parts.items():
-        if k in told: told[k] = filled(cls, told[k], f'{path}: [{k}]')
     entries = told.pop('entry', [])
+    for k,cls in dict(data=PlanData, run=PlanRun).items():
+        if k in told: told[k] = filled(cls, told[k], f'{path}: [{k}]')
     if not isinstance(entries, list): raise InputError(f'{path}: entry is a {type(entries).__name__}; expected [[entry]] above each')
-    for i,e in enumerate(entries):
-        entries[i] = filled(Entry, e, f'{path}: entry {i+1}')
-        check(entries[i], lambda names: f'{path}: entry {i+1}: {".".join(names)}')
+    entries = [filled(Entry, e, f'{path}: entry {i+1}') for i,e in enumerate(entries)]
+    for i,e in enumerate(entries): check(e, lambda names: f'{path}: entry {i+1}: {".".join(names)}')
     names = [e.name for e in entries]
-    if twice := [n for n in names if names.count(n) > 1]: raise InputError(f'{path}: two entries are called {twice[0]!r}; expected another name')
+    if twice := [n for n in names if names.count(n) > 1]:
+        raise InputError(f'{path}: two entries are called {twice[0]!r}; expected another name')
     plan = filled(Plan, told | dict(entry=entries), f'{path}')
     for k,v in (changes | dict(path=path)).items():
         if v is not None: setattr(plan, k, v)

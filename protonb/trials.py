@@ -175,6 +175,7 @@ def _about(bench, entry, name, source, target):
     weights = {'weights': Path(w).name} if first and (w := bench.plan.weights_of(name)) else {}
     return dict(net=name, space=space_to_dict(bench.space)) | told | weights
 
+# %% ../nbs/07_shell/04b_trials.ipynb #cp00019z
 def job_of(
     bench:Bench,   # Plan and images
     entry:Entry,   # What is trained
