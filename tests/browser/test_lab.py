@@ -36,7 +36,7 @@ def lab(tmp_path_factory):
         f.parent.mkdir(parents=True, exist_ok=True)
         f.write_text(json.dumps(values))
     env = os.environ | dict(JUPYTER_CONFIG_DIR=str(own), JUPYTERLAB_SETTINGS_DIR=str(own/"user-settings"), JUPYTERLAB_WORKSPACES_DIR=str(own/"ws"),
-                            JUPYTER_RUNTIME_DIR=str(own/"run"), PYTHONWARNINGS="ignore", OMP_NUM_THREADS="2")
+                            JUPYTER_RUNTIME_DIR=str(own/"run"), PYTHONWARNINGS="ignore", OMP_NUM_THREADS="1")
     command = [sys.executable, "-m", "jupyterlab", "--config", str(folder/"tools"/"lab.py"), "--no-browser", "--allow-root", "--expose-app-in-browser",
                f"--port={port}", "--ip=127.0.0.1", "--IdentityProvider.token=t"]
     with (own/"log").open("w") as log:
