@@ -61,6 +61,7 @@ def one_seed(o, seed, data, scenes):
         row(seed, entry, steps, open_run(home/folder).segment, scenes)
     trained('source only', 'source-only', 'start', data['source'], steps=o.start, begin=False)
     trained('half and half', 'joint', 'half_and_half', data['source'], data['support'])
+    trained('half and half, four times the steps', 'joint', 'half_and_half4', data['source'], data['support'], steps=4*o.steps)
     for i, (entry, (times, settings)) in enumerate(VARIANTS.items()):
         trained(entry, 'dip', f'dip{i}', data['source'], data['support'], steps=times*o.steps, **settings)
     if 'the start, prototypes of the 21 images, nothing trained' in done: return

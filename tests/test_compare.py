@@ -17,11 +17,11 @@ from protonb.few_shot import draw_shots
 from protonb.methods import Job, train
 from protonb.plans import entries_of, read_plan
 from protonb.pseudo_labels import PartlyLabelled
-from protonb.recipes import Situation
+from protonb.recipes import Situation, flat
 from protonb.runs import METHODS, build_net, space_to_dict
 from protonb.teachers import adapt_statistics
 from protonb.training import Train, checkpoints
-from protonb.trials import _adabn, images_for, kept_back, measured, open_plan, read_results, rows_for, work
+from protonb.trials import _adabn, images_for, kept_back, measured, open_plan, read_results, recipe, rows_for, work
 from protonb.weak_labels import WeakLabels
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -87,6 +87,22 @@ def test_the_plan_of_photographs(tmp_path, data):
     assert not {*bench.score.names} & {*bench.target.names}
     few = images_for(bench, next(e for e in entries_of(plan, bench.there) if e.name == "fine_tuning 1-shot"), 0)[0]
     assert len({n.split("_")[0] for n in few.names}) == len(few) == len({n.split("_")[0] for n in bench.target.names})
+
+
+@pytest.mark.parametrize("name", ["parts", "pixda_parts"])
+def test_plans_that_take_a_method_apart(tmp_path, name):
+    plan = read_plan(BENCHMARKS / f"{name}.toml", out=str(tmp_path))
+    bench = open_plan(plan, tuning=True)
+    whole, *parts = (flat(recipe(bench, e, "pbal_small")) for e in plan.entry)
+    for e, cfg in zip(plan.entry[1:], parts):
+        changed = {k for k in cfg if cfg[k] != whole[k]}
+        assert changed and changed <= set(e.settings), (e.name, changed)           # a setting of a part is none that the recipe has already
+    assert len({str(sorted(cfg.items())) for cfg in (whole, *parts)}) == len(plan.entry)
+
+
+def test_longer_runs_go_on_from_the_starts_of_photographs():
+    one, two = (read_plan(BENCHMARKS / f"{name}.toml") for name in ("photographs", "longer"))
+    assert (one.data, one.run, one.folder, one.seeds, one.weights) == (two.data, two.run, two.folder, two.seeds, two.weights)
 
 
 def test_images_kept_back_are_whole_ends_of_sequences():
