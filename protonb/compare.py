@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'BY_LABELS', 'gathered', 'read_table', 'summary', 'with_error', 'cells', 'lead', 'is_control', 'by_labels',
            'as_markdown', 'draw_bars', 'shown', 'network_of', 'panels_of', 'settings_told', 'write_page', 'Compare',
-           'asked', 'helpers', 'compare']
+           'asked', 'helpers', 'words_of', 'compare']
 
 # %% ../nbs/07_shell/05_compare.ipynb #cp000104
 import csv, os, shlex, statistics
@@ -88,8 +88,8 @@ def summary(
 def with_error(
     r:dict,  # Row of `summary`
 )->str:      # 50.6 ± 0.3
-    "Mean and standard error as a text."
-    return f'{r["mean"]:.1f} ± {r["error"]:.1f}'
+    "Mean and standard error as a text; of one seed there is no error."
+    return f'{r["mean"]:.1f}' + (f' ± {r["error"]:.1f}' if r.get('seeds') != 1 else '')
 
 # %% ../nbs/07_shell/05_compare.ipynb #cp00035b
 def cells(
@@ -316,6 +316,14 @@ def helpers(
         torch.set_num_threads(threads)
 
 # %% ../nbs/07_shell/05_compare.ipynb #cp00047b
+def words_of(
+    o:Compare,   # Options
+)->list:         # Words
+    "The command line that asks for the same again."
+    told = [('--root', o.root), ('--out', o.out), ('--only', o.only), ('--seeds', o.seeds)]
+    return ['protonb', 'compare', str(o.plan), *(str(w) for name,v in told if v not in (None, ())
+                                                 for w in (name, *(v if isinstance(v, tuple) else (v,)))), *['--tuning']*o.tuning]
+
 def compare(
     o:Compare,   # Options
 )->int:          # Exit code; 2 where a training diverged
@@ -328,7 +336,6 @@ def compare(
     head,body = cells(summary(rows))
     print(_align([head, None, *body]))
     path = Path(bench.plan.out)/('tuning.html' if o.tuning else 'report.html')
-    words = ['protonb', 'compare', str(o.plan), *(['--tuning'] if o.tuning else [])]
-    write_page(path, bench, entries, rows, o.images, [shlex.join(words)])
+    write_page(path, bench, entries, rows, o.images, [shlex.join(words_of(o))])
     print(f'report: {path}')
     return 2 if any(r['miou'] is None for r in rows) else 0

@@ -119,5 +119,5 @@ def rng_for(
     *keys,     # Address of the draw: integers or short strings
 )->np.random.Generator:
     "A generator that depends on the seed and the address only."
-    words = [int.from_bytes(k.encode(), 'little') if isinstance(k, str) else int(k) for k in keys]
+    words = [int.from_bytes(k.encode(errors='surrogateescape'), 'little') if isinstance(k, str) else int(k) for k in keys]
     return np.random.default_rng([int(seed), *words])

@@ -255,7 +255,7 @@ def check_table(
     if not c.splits: return ''
     show = lambda s, x: '-' if not s.labelled else '<0.01' if 0 < x < 5e-5 else f'{100*x:.2f}'
     head, K = ('percent', *(s.name for s in c.splits)), range(c.space.num_classes)
-    rows = [head, *((c.space.classes[k], *(show(s, s.shares[k]) for s in c.splits)) for k in K if any(s.labelled for s in c.splits)), None]
+    rows = [head, *((c.space.classes[k], *(show(s, s.shares[k]) for s in c.splits)) for k in K if any(s.seen for s in c.splits)), None]
     rows.append(('labelled', *(show(s, s.pixels.sum()/max(1, s.pixels.sum() + s.void)) for s in c.splits)))
     rows.append(('images', *(str(len(s.looked)) for s in c.splits)))
     rows.append(('labels read', *(str(len(s.seen)) for s in c.splits)))
@@ -263,12 +263,18 @@ def check_table(
     return '\n'.join([_align(rows), 'sizes (height x width)', *(f'  {line}' for line in sizes)])
 
 # %% ../nbs/07_shell/01c_data.ipynb #13ab130c
+def _cause(f):
+    "The sentence of a fault without what is of its file alone: names, and how many pixels."
+    told = f.message.removeprefix(f'{f.file}: ').replace(f'/{Path(f.file).stem}', '/*')
+    return re.sub(r' \(\d+ px\)|(?<=its image ).*(?= is )| \(and \d+ more images\)', '', told)
+
 def _causes(faults):
     "A line for each cause; what more files share is said of the first."
-    alike, count = {}, re.compile(r' \(\d+ px\)|(?<=its image ).*(?= is )')
-    for f in faults: alike.setdefault((f.kind, f.split, count.sub('', f.message.removeprefix(f'{f.file}: '))), []).append(f)
+    alike = {}
+    for f in faults: alike.setdefault((f.kind, f.split, _cause(f)), []).append(f)
     for (kind, split, _), (first, *more) in alike.items():
-        names = ', '.join(Path(f.file).name for f in more[:3]) + ', ...'*(len(more) > 3)
+        one = len({Path(f.file).parent for f in (first, *more)}) == 1
+        names = ', '.join(Path(f.file).name if one else f.file for f in more[:3]) + ', ...'*(len(more) > 3)
         yield f'{kind} [{split or "all"}]  {first.message}' + (f'; the same of {len(more)} more: {names}' if more else '')
 
 def check_text(
@@ -277,7 +283,7 @@ def check_text(
     "The faults, one cause a line, and what else is to be known."
     seen = [f'ids never seen: {", ".join(map(str, c.never_seen))}'] if c.never_seen else []
     n, told = len(c.faults), list(_causes(c.faults))
-    kinds = f', of {len(told)} kinds' if len(told) < n else ''
+    kinds = f', of {len(told)} kind{"s"*(len(told) > 1)}' if len(told) < n else ''
     head = f'{n} thing{"s are" if n != 1 else " is"} wrong{kinds}:' if n else 'nothing is wrong'
     return '\n'.join([*(f'note: {n}' for n in [*seen, *c.notes]), head, *(f'  {t}' for t in told)])
 
@@ -307,7 +313,7 @@ def plot_class_shares(
         ax.barh(y, v, .7/n, color=method_color(j), label=name)
         for yy, x in zip(y, v): ax.text(max(x, .05)*1.1, yy, f'{x:.2g}' if x else '–', va='center', fontsize=7.5)
     ax.set(yticks=range(K), xscale='log', xlim=(.05, 200), ylim=(K-.4, -.6), xlabel='percent of the labelled pixels')
-    ax.set_yticklabels(space.classes)
+    ax.set_yticklabels(c.replace('$', r'\$') for c in space.classes)
     ax.legend(loc='lower right')
     return ax
 
@@ -323,7 +329,7 @@ def contact_sheet(
     for ax in axs.flat: ax.set_axis_off()
     for ax, (title, image, label) in zip(axs.flat, tiles):
         show_image(image, ax) if label is None else overlay(image, label, space, ax)
-        ax.set_title(title[-34:], fontsize=9, fontweight='normal')
+        ax.set_title(title[-34:].replace('$', r'\$'), fontsize=9, fontweight='normal')
     show_legend(space, ax=fig.add_subplot(axs[-1, 0].get_gridspec()[-1, :]))
     return fig
 
@@ -354,8 +360,9 @@ class Check:
 def check(o:Check):  # The options
     "protonb data check"
     c = check_data(o.spec, 8 if o.out else 0)
+    print(json.dumps(check_dict(c), ensure_ascii=False) if o.json else f'{check_table(c)}\n{check_text(c)}', flush=True)
     made = write_pictures(c, o.out) if o.out else []
-    print(json.dumps(check_dict(c), ensure_ascii=False) if o.json else '\n'.join([check_table(c), check_text(c), *map(str, made)]))
+    if made and not o.json: print(*made, sep='\n')
     return 2 if c.faults else 0
 
 # %% ../nbs/07_shell/01c_data.ipynb #dd000037

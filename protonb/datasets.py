@@ -40,10 +40,11 @@ class PairFolder(Dataset):
         read=None,          # Function (path, channel) -> raw ids (H,W) uint8; `read_label` when left out
         colours=None,       # ColourTable for label files in colours, or None: those are refused
         guessed=(),         # Classes of ids 0, 1, ... that nobody has stated: files in which 255 may be one of them are refused
+        same='',            # Two classes of one colour, where masks in colours are refused for that
     ):
         self.image_paths, self.label_paths, self.names = images, labels, names
         self.table, self.space, self.channel, self.resize_label, self.mask, self.read = table, space, channel, resize_label, mask, read
-        self.colours, self.guessed = colours, tuple(guessed)
+        self.colours, self.guessed, self.same = colours, tuple(guessed), same
 
     def __len__(self): return len(self.image_paths)
     def __repr__(self): return f'PairFolder({len(self)} pairs, {self.space.name}, first {self.names[0]})'
@@ -59,7 +60,9 @@ def _raw(ds, path):
     if ds.read: return ds.read(path, ds.channel)
     c = ds.colours
     lossy = '' if not (c and c.nearest) else 'grey' if all(len({*rgb}) == 1 for rgb in c.colours) else 'colour'
-    return read_label(path, ds.channel, c is not None, lossy)
+    raw = read_label(path, ds.channel, bool(c or ds.same), lossy)
+    if raw.ndim == 3 and not c: raise InputError(f'{path}: is a mask in colours, and {ds.same} have the same; expected one for each class')
+    return raw
 
 # %% ../nbs/01_data/03_datasets.ipynb #dc000016
 def _label_of(ds, i, size):
@@ -119,17 +122,16 @@ def _paired(images, labels, image_folder, label_folder, ending='.png', only_labe
     "Lists of image paths, label paths and unique names from two dictionaries by key."
     if not images: raise InputError(f'{image_folder}: holds no image{_instead(image_folder)}')
     if labels is None: return list(images.values()), None, _names(images)
+    hint = _tail(images, labels, ending) or ('' if labels else _otherwise(label_folder, ending))
     if is_collecting(): labels = _collect_lone(images, labels, label_folder, ending, only_labelled)
     lone, only_labelled = [k for k in images if k not in labels], only_labelled or is_collecting()
     if only_labelled and lone:
         images = {k: p for k, p in images.items() if k in labels}
         if images: return _paired(images, labels, image_folder, label_folder)
-        raise InputError(f'{image_folder}: none of {len(lone)} images has a label in {label_folder}, expected names in {ending}'
-                         + ('' if labels else _otherwise(label_folder, ending)))
+        raise InputError(f'{image_folder}: none of {len(lone)} images has a label in {label_folder}, expected names in {ending}{hint}')
     if lone:
         more = f' (and {len(lone)-1} more images)' if len(lone) > 1 else ''
-        raise InputError(f'{images[lone[0]]}: has no label, expected {label_folder}/{lone[0]}{ending}{more}'
-                         + ('' if labels else _otherwise(label_folder, ending)))
+        raise InputError(f'{images[lone[0]]}: has no label, expected {label_folder}/{lone[0]}{ending}{more}{hint}')
     return [images[k] for k in images], [labels[k] for k in images], _names(images)
 
 # %% ../nbs/01_data/03_datasets.ipynb #a2b4c764
@@ -137,6 +139,14 @@ def _commonest(folder):
     "The commonest ending of the files in a folder, and how many have it."
     ends = Counter(p.suffix.lower() for p in files_below(folder, 'files')) if os.path.isdir(folder) else {}
     return ends.most_common(1)[0] if ends else ('', 0)
+
+def _tail(images, labels, ending):
+    "What labels have behind the names of their images, where none has the name alone."
+    if not labels or any(k in images for k in labels): return ''
+    some = list(labels)[:20]
+    tails = Counter(next((k[n:] for n in range(len(k)-1, 0, -1) if k[:n] in images), '') for k in some)
+    tail, n = tails.most_common(1)[0]
+    return f'; names there end in {tail}{ending}: label_suffix = "{tail}{ending}" takes them' if tail and n > len(some)/2 else ''
 
 def _otherwise(folder, ending):
     "What a folder without labels holds, where that may help."
@@ -351,6 +361,8 @@ def _toml_classes(path, cfg):
     "Class -> its colours, of which the first is shown."
     out = {}
     for c, rgb in cfg['classes'].items():
+        lost = c == 'nearest' or '_' in c and c in _KEYS
+        if lost: raise InputError(f'{path}: {c} stands in [classes]; expected it above, as it is no class')
         several = [rgb] if _is_colour(rgb) else rgb
         if not (isinstance(several, list) and several and all(map(_is_colour, several))):
             raise InputError(f'{path}: class {c!r} has colour {rgb!r}, expected [r, g, b] with 0..255, or a list of such')
@@ -376,15 +388,17 @@ def _toml_ids(path, cfg, space):
     return {int(k): None if c == 'ignore' else c for k, c in cfg['ids'].items()}
 
 def _toml_colours(path, cfg, own, space):
-    "What colours mean, or None where two classes share one: then masks of colours cannot be read."
+    "What colours mean, and None; or None, where two classes share one, and these: then masks of colours cannot be read."
     ignored = cfg.get('ignore_colours', [])
     if not all(map(_is_colour, ignored)): raise InputError(f'{path}: ignore_colours is {ignored!r}, expected a list of colours [r, g, b]')
     groups = _toml_classes(path, cfg) if 'classes' in cfg else {c: [rgb] for c, rgb in zip(own.classes, own.palette)}
     pairs = [(rgb, c) for c, group in groups.items() for rgb in group] + [(tuple(rgb), None) for rgb in ignored]
-    if len({rgb for rgb, _ in pairs}) < len(pairs): return None
+    for i, (rgb, c) in enumerate(pairs):
+        twin = next((d for other, d in pairs[:i] if other == rgb), '')
+        if twin != '': return None, f'{twin or "ignore_colours"} and {c or "ignore_colours"}'
     near = cfg.get('nearest', 0)
     if not 0 <= near < 442: raise InputError(f'{path}: nearest is {near}, expected true, false or a distance 0..441')
-    return colour_table(dict(pairs), space, FAR if near is True else float(near))
+    return colour_table(dict(pairs), space, FAR if near is True else float(near)), ''
 
 # %% ../nbs/01_data/03_datasets.ipynb #8308001c
 _FORMATS = ('files', *PER_PHOTO, *ALL_IN_ONE)
@@ -466,16 +480,16 @@ def folder(
     space = space or own
     _within(space, own, str(config))
     if split not in cfg['images']:
-        have = ', '.join(cfg['images'])
-        raise InputError(f'{config}: [images] has no split {split!r}, only: {have}; ",split=NAME" behind the path takes one')
+        have,one = ', '.join(cfg['images']),next(iter(cfg['images']), 'NAME')
+        raise InputError(f'{config}: [images] has no split {split!r}, only: {have}; folder:{config},split={one} takes that one')
     odd = [(k, s) for k in ('labels', 'lists') for s in cfg.get(k, {}) if s not in cfg['images']]
     for k, s in odd: raise InputError(f'{config}: [{k}] has a split {s!r} that [images] lacks, which has: {", ".join(cfg["images"])}')
-    ids, colours = _toml_ids(config, cfg, own), _toml_colours(config, cfg, own, space)
+    ids, (colours, same) = _toml_ids(config, cfg, own), _toml_colours(config, cfg, own, space)
     if not set(ids.values()) & {*space.classes}: raise InputError(f'{config}: [ids] names none of {", ".join(space.classes)}')
     read = _toml_read(config, cfg, own)
     pairs = _toml_pairs(config, cfg, split, labelled, only_labelled or cfg.get('only_labelled', False))
     return PairFolder(*pairs, label_table(ids, space), space, cfg.get('channel'), cfg.get('resize_label', False), read=read,
-                      colours=colours, guessed=() if read or 'ids' in cfg or 'space' in cfg else own.classes)
+                      colours=colours, same=same, guessed=() if read or 'ids' in cfg or 'space' in cfg else own.classes)
 
 # %% ../nbs/01_data/03_datasets.ipynb #cd19ad2f
 _JSON = ('.json', *(f'{e}.json' for e in PICTURES))         # Supervisely keeps the ending of the image

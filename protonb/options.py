@@ -69,8 +69,8 @@ OF_TARGET = dict(weak=WeakOptions, few=FewOptions, support=SupportOptions, any=A
 def names_in(
     path,    # Text file, one name a line
 )->list:
-    "The names of a list file."
-    return read_list(path, 'a list of image names, one a line')
+    "The names of a list file, without the endings of image files."
+    return [re.sub(r'\.(png|jpe?g|bmp|webp|tiff?)$', '', n, flags=re.I) for n in read_list(path, 'a list of image names, one a line')]
 
 def choose_support(
     target,               # Target training set

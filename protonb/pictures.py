@@ -127,7 +127,7 @@ def show_legend(
     for n, i in enumerate(ids):
         x, y = n % columns, rows-1 - n//columns
         ax.add_patch(Rectangle((x, y+.2), .14, .6, fc=[c/255 for c in space.palette[i]], ec='#00000040', lw=.5))
-        ax.text(x+.19, y+.47, space.classes[i], va='center', fontsize=8.5)
+        ax.text(x+.19, y+.47, space.classes[i].replace('$', r'\$'), va='center', fontsize=8.5)
     ax.set(xlim=(0, columns), ylim=(0, rows))
     return _bare(ax, None)
 

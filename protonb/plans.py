@@ -189,6 +189,8 @@ def entries_of(
             raise InputError(f'{plan.path}: start: is {e.method} with labels {e.labels}; expected source-only without any')
     used = [k for k in dict.fromkeys([*there, *(e.labels for e in own)]) if any(e.labels == k for e in own)]
     rows = {e.name: e for e in (*controls(used, there), *own)}
+    twins = [e.name for e in rows.values() if any(e.name == f'{other.name}, AdaBN' for other in rows.values() if other.adabn)]
+    if twins: raise InputError(f'{plan.path}: {twins[0]} is what the table calls another row; expected another name')
     where = {}
     for e in rows.values(): where.setdefault(folder_of(e), []).append(e.name)
     for folder,names in where.items():

@@ -8,7 +8,7 @@ __all__ = ['TITLES', 'Bench', 'kept_back', 'open_plan', 'images_for', 'recipe', 
            'finish', 'work']
 
 # %% ../nbs/07_shell/04b_trials.ipynb #cp000004
-import hashlib, json, re, statistics, time
+import hashlib, json, os, re, statistics, time
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -30,11 +30,12 @@ from .plans import Entry, Plan, folder_of, with_settings
 # %% ../nbs/07_shell/04b_trials.ipynb #cp000005
 from .pseudo_labels import PartlyLabelled, Unlabelled
 from .recipes import Situation, flat
-from .runs import METHODS, build_net, go_on, open_run, net_options, read_config, space_to_dict, start_kind
+from .runs import METHODS, build_net, go_on, open_run, net_options, read_config, read_stages, space_to_dict, start_kind
 from .training import Diverged, Train, accelerator_for, latest_checkpoint, read_rows
 from .validation import candidates
 from .validators import VALIDATORS, looks
 from .weak_labels import KINDS, WeakLabels
+from .weights import fingerprint
 
 # %% ../nbs/07_shell/04b_trials.ipynb #cp000011
 @dataclass
@@ -164,16 +165,29 @@ def home_of(
 # %% ../nbs/07_shell/04b_trials.ipynb #cp00019b
 def _images_told(spec, ds):
     "What a run may not find changed: kind, options and names of its images, wherever they lie."
-    names = hashlib.sha256('\n'.join(map(str, ds.names)).encode()).hexdigest()[:8]
-    return f'{",".join([spec.partition(":")[0], *spec.split(",")[1:]])}: {len(ds)} images, names {names}'
+    names = hashlib.sha256('\n'.join(map(str, ds.names)).encode(errors='surrogateescape')).hexdigest()[:8]
+    options = [part for part in spec.split(',')[1:] if re.match(r'\w+=', part)]
+    return f'{",".join([spec.partition(":")[0], *options])}: {len(ds)} images, names {names}'
+
+def _weights_told(path):
+    "Name and content of a file of weights; the name alone of what is none."
+    return f'{Path(path).name} {_content(path, os.stat(path).st_mtime_ns)}' if os.path.isfile(path) else path
+
+@lru_cache
+def _content(path, when): return fingerprint(path)[:12]
 
 def _about(bench, entry, name, source, target):
     "What a configuration says of network and data."
     data,first = bench.plan.data,entry.name == 'start'
     of = dict(source=data.source if METHODS[entry.method].target != 'none' or entry.labels == 'none' else data.target, target=data.target)
     told = {k: _images_told(of[k], ds) for k,ds in (('source', source), ('target', target)) if ds is not None}
-    weights = {'weights': Path(w).name} if first and (w := bench.plan.weights_of(name)) else {}
-    return dict(net=name, space=space_to_dict(bench.space)) | told | weights
+    weights = {'weights': _weights_told(w)} if first and (w := bench.plan.weights_of(name)) else {}
+    return told | weights
+
+def _begun_before(folder, told):
+    "Whether a run was begun when configurations did not say this yet: it goes on without."
+    stages = [meta.get('config') or {} for meta in read_stages(folder).values()]
+    return bool(stages) and not any(set(told) & set(c) for c in stages)
 
 # %% ../nbs/07_shell/04b_trials.ipynb #cp00019z
 def job_of(
@@ -187,9 +201,10 @@ def job_of(
     cfg,run = recipe(bench, entry, name),bench.plan.run
     steps = _steps(bench, entry)-getattr(cfg, 'kd_steps', 0)                 # PixDA's distillation is a part of its budget
     how = Train(max(1, steps), run.batch, seed, device=bench.device, checkpoint_every=run.every, keep=run.keep)
-    images = images_for(bench, entry, seed)
-    about = _about(bench, entry, name, *images) | net_options(net)
-    return methods.Job(METHODS[entry.method], cfg, how, home_of(bench, name, seed)/folder_of(entry), net, *images,
+    images,folder = images_for(bench, entry, seed),home_of(bench, name, seed)/folder_of(entry)
+    told = _about(bench, entry, name, *images)
+    about = dict(net=name, space=space_to_dict(bench.space)) | net_options(net) | ({} if _begun_before(folder, told) else told)
+    return methods.Job(METHODS[entry.method], cfg, how, folder, net, *images,
                        lambda *_: deepcopy(net), about, begin='before', progress=bench.progress)
 
 # %% ../nbs/07_shell/04b_trials.ipynb #cp00019c
@@ -326,8 +341,9 @@ def mark_of(
     "What the rows of an entry depend on."
     plan,run = bench.plan,bench.plan.run
     data = {k: v for k,v in asdict(plan.data).items() if k != ('score' if bench.tuning else 'tune')}
-    told = [bench.tuning, data, run.start, run.steps, run.batch, run.view, plan.weights_of(name), name, seed, asdict(first), asdict(entry),
-            flat(recipe(bench, first, name)), flat(recipe(bench, entry, name))]
+    told = [bench.tuning, data, run.start, run.steps, run.batch, run.view, _weights_told(plan.weights_of(name)), name, seed, asdict(first),
+            asdict(entry), flat(recipe(bench, first, name)), flat(recipe(bench, entry, name)), run.keep > 2 and (run.keep, run.validator),
+            [_images_told(*pair) for pair in ((data['source'], bench.source), (data['target'], bench.target), ('', bench.score))]]
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 # %% ../nbs/07_shell/04b_trials.ipynb #cp00030b

@@ -10,7 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from safetensors.torch import save_file
 
+from protonb import trials
 from protonb.cli import main
 from protonb.compare import gathered, network_of
 from protonb.few_shot import draw_shots
@@ -19,6 +22,7 @@ from protonb.plans import entries_of, read_plan
 from protonb.pseudo_labels import PartlyLabelled
 from protonb.recipes import Situation, flat
 from protonb.runs import METHODS, build_net, space_to_dict
+from protonb.streets import REAL, Streets
 from protonb.teachers import adapt_statistics
 from protonb.training import Train, checkpoints
 from protonb.trials import _adabn, images_for, kept_back, measured, open_plan, read_results, recipe, rows_for, work
@@ -201,16 +205,56 @@ def test_what_was_killed_goes_on_to_the_same_end(small, tmp_path):
     assert [r["miou"] for r in rows(tmp_path / "killed/results.csv").values()] == [r["miou"] for r in rows(tmp_path / "whole/results.csv").values()]
 
 
-def test_other_training_images_are_refused_and_other_ones_to_score_on_are_not(small, tmp_path, capsys):
-    plan = small()
-    text = plan.read_text()
-    assert main(words(plan, tmp_path / "out", "--only", "start")) == 0
-    plan.write_text(text.replace('count=2,size=49x65,seed=2', 'count=3,size=49x65,seed=2'))
-    assert main(words(plan, tmp_path / "out", "--only", "start")) == 0
-    plan.write_text(text.replace('synthetic,split=train,count=4', 'synthetic,split=train,count=3'))
-    capsys.readouterr()
-    assert main(words(plan, tmp_path / "out", "--only", "start")) == 2
-    assert re.search(r"config.source 'streets,split=train,count=4,.*: 4 images.* -> .* 3 images", capsys.readouterr().err)
+@pytest.fixture
+def own(tmp_path):
+    """A plan on files: (function that draws so many scenes into a folder, plan)."""
+    def draw(name, n, seed=0):
+        streets = Streets(REAL, n, (49, 65), seed)
+        for i in range(n):
+            for part, a in zip(("x", "y"), (streets[i][0].permute(1, 2, 0).numpy(), streets[i][1].byte().numpy())):
+                path = tmp_path / "data" / name / part / f"n{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(a).save(path)
+        (tmp_path / "data" / f"{name}.toml").write_text(f'space = "cityscapes"\nimages = {{train = "{name}/x"}}\nlabels = {{train = "{name}/y"}}\n')
+    for seed, name in enumerate(("game", "town", "score")): draw(name, 4, seed)
+    plan = tmp_path / "own.toml"
+    data = "\n".join(f'{k} = "folder:{{root}}/{v}.toml,split=train"' for k, v in dict(source="game", target="town", score="score").items())
+    plan.write_text('folder = "seed{seed}"\nshots = []\nweights = "w.safetensors"\n[data]\n' + data + "\n[run]\nstart = 2\nsteps = 2\nbatch = 2\n" + FREE)
+    save_file(build_net("pbal_small", 19, seed=5).state_dict(), tmp_path / "w.safetensors")
+    return draw, plan
+
+
+def test_other_images_are_scored_anew_or_refused_wherever_they_lie(own, tmp_path, capsys, monkeypatch):
+    draw, plan = own
+    monkeypatch.chdir(tmp_path)
+    def run(*more, root="data"):
+        code = main(words(plan, tmp_path / "out", "--only", "start", "--root", root, *more))
+        told = capsys.readouterr()
+        return code, re.findall("seed 0, start: [0-9.]+", told.out), told.err
+    first = run()
+    assert first[0] == 0 and len(first[1]) == 1 and run()[:2] == (0, [])
+    draw("score", 7, 2)
+    code, scored, _ = run()
+    assert code == 0 and len(scored) == 1                                                 # the same name, other images: the row is another
+    (tmp_path / "data").rename(tmp_path / "moved,here")
+    assert run(root="moved,here")[0] == 0
+    save_file(build_net("pbal_small", 19, seed=6).state_dict(), tmp_path / "w.safetensors")
+    code, _, err = run(root="moved,here")
+    assert code == 2 and re.search(r"config.weights 'w.safetensors \w{12}' -> 'w.safetensors \w{12}'", err)
+    save_file(build_net("pbal_small", 19, seed=5).state_dict(), tmp_path / "w.safetensors")
+    (tmp_path / "moved,here").rename(tmp_path / "data")
+    draw("game", 5)
+    code, _, err = run()
+    assert code == 2 and re.search(r"config.source 'folder,split=train: 4 images, .* -> .* 5 images", err)
+
+
+def test_a_run_of_before_it_said_what_it_was_trained_on_goes_on(own, tmp_path, capsys, monkeypatch):
+    plan = own[1]
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as m:
+        m.setattr(trials, "_about", lambda *_: {})
+        assert main(words(plan, tmp_path / "out", "--only", "start", "--root", "data")) == 0
+    assert main(words(plan, tmp_path / "out", "--root", "data", "--only", "IAPC")) == 0, capsys.readouterr().err
 
 
 def test_a_training_that_diverges_is_a_row(small, tmp_path, capsys):
@@ -220,8 +264,6 @@ def test_a_training_that_diverges_is_a_row(small, tmp_path, capsys):
 
 
 def test_without_labels_only_what_needs_none(tmp_path, small, capsys):
-    from PIL import Image
-    from protonb.streets import REAL, Streets
     (tmp_path / "bare").mkdir()
     for name, (x, _) in zip("abcd", (Streets(REAL, 4, (49, 65), 1)[i] for i in range(4))):
         Image.fromarray(x.permute(1, 2, 0).numpy()).save(tmp_path / f"bare/{name}.png")
@@ -256,6 +298,7 @@ def test_without_labels_only_what_needs_none(tmp_path, small, capsys):
     ('"iapc"', '"iapc"\nsettings = {lr = "fast"}', "IAPC: lr is 'fast'; expected"),
     ('name = "IAPC"', 'name = "start"', "start: is iapc with labels none; expected source-only"),
     ('[[entry]]', '[[entry]]\nname = "IAPC"\nmethod = "iapc"\n[[entry]]', "two entries are called 'IAPC'"),
+    ('name = "IAPC"', 'name = "start, AdaBN"', "start, AdaBN is what the table calls another row"),
     ('name = "IAPC"', 'name = ".."', "words that a folder can be called by"),
     ('"iapc"', '"iapc"\nfolder = "."', "words that a folder can be called by"),
     ('"iapc"', '"iapc"\nsettings = [1]', "settings is (1,); expected a table"),

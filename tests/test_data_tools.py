@@ -126,6 +126,29 @@ def test_one_cause_is_one_line_and_hardly_a_pixel_is_a_note(town, capsys):
     assert len(json.loads(capsys.readouterr().out)["faults"]) == 4
 
 
+def test_masks_with_a_tail_are_one_cause_that_names_the_key(town, capsys):
+    for p in (town / "masks").rglob("*.png"): p.rename(p.with_name(f"{p.stem}_mask.png"))
+    assert main(["data", "check", f"folder:{town}/town.toml"]) == 2
+    text = capsys.readouterr().out
+    assert 'names there end in _mask.png: label_suffix = "_mask.png" takes them' in text and "; the same of 13 more: p01.png" in text and "percent" in text
+    assert "ground" not in text.split("labelled")[0], "a table of zeros where no label was read"
+    (town / "town.toml").write_text('label_suffix = "_mask.png"\n' + TOML)
+    assert main(["data", "check", f"folder:{town}/town.toml"]) == 0
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda t: t.replace("[ids]", "ignore_colours = [[1, 2, 3]]\n[ids]"), "ignore_colours stands in [classes]; expected it above"),
+    (lambda t: t.replace("[ids]", "nearest = true\n[ids]"), "nearest stands in [classes]; expected it above"),
+    (lambda t: t.replace("[0, 255, 0]", "[255, 0, 0]").split("[ids]")[0], "is a mask in colours, and house and tree have the same; expected one for each class"),
+    (lambda t: "ignore_colours = [[0, 0, 0]]\n" + t.split("[ids]")[0], "is a mask in colours, and ground and ignore_colours have the same"),
+])
+def test_what_a_description_gets_wrong_about_classes(town, capsys, change, says):
+    (town / "town.toml").write_text(change(TOML))
+    for p in (town / "masks").rglob("*.png"): save(p, np.stack([mask(0, 255)] + [mask(0, 0)]*2, -1))
+    assert main(["data", "check", f"folder:{town}/town.toml"]) == 2
+    assert says in capsys.readouterr().out
+
+
 def test_a_file_with_two_faults_tells_both(town):
     save(town / "masks" / "train" / "p05.png", mask(0, 77, size=(20, 30)))
     (town / "masks" / "train" / "p06.png").write_text("no mask")
@@ -133,6 +156,13 @@ def test_a_file_with_two_faults_tells_both(town):
     found = {(f.kind, Path(f.file).parts[-3], Path(f.file).name) for f in check_data(f"folder:{town}/town.toml", quiet=True).faults}
     assert found == {("unknown id", "masks", "p05.png"), ("sizes differ", "masks", "p05.png"),
                      ("unreadable label", "masks", "p06.png"), ("unreadable image", "photos", "p06.png")}
+
+
+def test_names_that_no_figure_can_read_as_they_are(town, capsys):
+    for part in ("photos", "masks"): (town / part / "train/p00.png").rename(town / part / "train/i$_{$.png")
+    (town / "town.toml").write_text(TOML.replace("house", "'a$_{$b'").replace("\"'a$_{$b'\"", '"a$_{$b"'))
+    assert main(["data", "check", f"folder:{town}/town.toml", "--out", str(town / "looked")]) == 0
+    assert "nothing is wrong" in capsys.readouterr().out and (town / "looked/overlays.png").is_file()
 
 
 def test_a_split_without_its_folder_does_not_hide_the_other(town):

@@ -340,7 +340,7 @@ def test_folder_unlabelled_suffixes_channel_resize(town, tmp_path):
 
 @pytest.mark.parametrize('kw,text', [
     (dict(images=''), r'has no table \[images\]'),
-    (dict(images='images = {val = "i"}'), r"\[images\] has no split 'train', only: val"),
+    (dict(images='images = {val = "i"}'), r"\[images\] has no split 'train', only: val; folder:.*,split=val takes that one"),
     (dict(images='images = {train = "nowhere"}'), 'nowhere: no such folder'),
     (dict(images='images = {train = 3}'), r'train in \[images\] is 3, expected a folder'),
     (dict(images='images = "i"'), "images is 'i', expected a table"),
