@@ -26,7 +26,7 @@ $(STAMP): requirements.lock setup.py settings.ini
 demo: $(STAMP)  ## from source alone to MixTeacher with 21 labels on drawn streets, demo/report.html (five minutes on two cores)
 	$(BIN)/protonb demo --out demo
 
-test: $(STAMP)  ## everything CI checks: export, clean, README, all notebooks, pytest
+test: $(STAMP)  ## what CI checks, but for the browser: export, clean, README, all notebooks, pytest
 	$(BIN)/python tools/check.py
 
 lab: $(STAMP)  ## JupyterLab, opened on the tour

@@ -406,6 +406,7 @@ def adapt(
     if many > 1: raise InputError(f'adapt: started in {many} processes, expected one; protonb train takes several')
     if (o.out/'config.json').exists(): raise InputError(f'--out {o.out}: holds a run of protonb train; expected another folder')
     d = open_domains(o)
+    if len(d.target) < 5: print(f'note: {len(d.target)} target image{"s"*(len(d.target) > 1)}, few to learn from; some dozens are better')
     with claimed(o.out):
         begun = (o.out/'adapt.json').exists()
         plan = plan_for(o, d)

@@ -254,7 +254,7 @@ def predict(o:Predict):  # The options
             if os.path.realpath(p) in mine: raise InputError(f'{p}: is one of the images, and would be overwritten; give another --out')
     done = predict_files(ready(run, o.look), items, o.out, run.space, overwrite=o.overwrite, device=device, formats=o.format,
                          mark=mark_of(run, o.look), at_once=o.at_once or (8 if device.type == 'cuda' else 1), damaged=bad)
-    print(f'{o.out}: {done["written"]} images written, {done["skipped"]} were there')
+    print(f'{o.out}: {done["written"]} image{"s"*(done["written"] != 1)} written, {done["skipped"]} were there')
     if n := done.get('others'): print(f'note: {n} of them have pictures of another network beside them, in formats not asked for now')
     if len(bad) > 1: bad.insert(0, f'{len(bad)} of {len(items)} images left out:')
     if bad: print('protonb: ' + '\n'.join(bad), file=sys.stderr)

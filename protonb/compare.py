@@ -221,10 +221,12 @@ ABOUT_TABLE = ('mIoU: mean and standard error over seeds. gap: share of the way 
     'that are scored on. MB: most memory held while it was trained.')
 
 def _html(head, body):
-    "The table of `cells`."
-    of = lambda t: None if t in ('entry', 'network', *BY_LABELS[:4]) else 'num'
-    rows = [el('tr', [el('td', v, class_=of(t)) for t,v in zip(head, row)]) for row in body]
-    return el('div', el('table', el('thead', el('tr', [el('th', t) for t in head])), el('tbody', rows), class_='plain'), class_='scroll')
+    "The table of `cells`; columns that say nothing are left out."
+    text = ('entry', 'network', *BY_LABELS[:4])
+    at = [i for i in range(len(head)) if any(row[i] for row in body)]
+    rows = [el('tr', [el('td', row[i], class_=None if head[i] in text else 'num') for i in at]) for row in body]
+    names = el('tr', [el('th', head[i], class_='text' if head[i] in text else None) for i in at])
+    return el('div', el('table', el('thead', names), el('tbody', rows), class_='plain'), class_='scroll')
 
 def _curves(bench, rows):
     "Entry -> the first quantity of its log."

@@ -151,8 +151,10 @@ def _tail(images, labels, ending):
 def _otherwise(folder, ending):
     "What a folder without labels holds, where that may help."
     end, n = _commonest(folder)
-    return f'; {n} files there end in {end}: label_suffix = "{end}" takes them' if n and end != ending else ''
+    more = ' (with nearest = true where their colours are classes)' if end in ('.jpg', '.jpeg') else ''
+    return f'; {n} files there end in {end}: label_suffix = "{end}" takes them{more}' if n and end != ending else ''
 
+# %% ../nbs/01_data/03_datasets.ipynb #a2b4c76z
 def _instead(folder):
     "What a folder without images holds, where that may help."
     end, n = _commonest(folder)

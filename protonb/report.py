@@ -372,7 +372,7 @@ padding:3px 10px;border-radius:99px;background:var(--sheet);white-space:nowrap}
 .say{font-size:18px;line-height:1.5;margin:0 0 8px;padding:2px 4px}
 table{border-collapse:collapse;width:100%;font-size:14px}
 th{font-weight:600;text-align:right;color:var(--soft);padding:5px 10px;border-bottom:1px solid var(--line);vertical-align:bottom}
-th:first-child,.classes th:nth-child(2){text-align:left}
+th:first-child,th.text,.classes th:nth-child(2){text-align:left}
 td{padding:5px 10px;border-bottom:1px solid color-mix(in srgb,var(--line) 55%,transparent)}
 tr:last-child td{border-bottom:0}
 .num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}

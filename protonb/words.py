@@ -8,6 +8,7 @@ __all__ = ['option_kinds', 'one_line', 'read_words']
 # %% ../nbs/07_shell/01d_words.ipynb #0955e40b
 import contextlib, io, re
 from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
 from functools import reduce
 from pathlib import Path
 from typing import Annotated, get_args, get_origin
@@ -37,6 +38,13 @@ def option_kinds(
         if not parts: yield here, name, f.type
 
 # %% ../nbs/07_shell/01d_words.ipynb #7d8177e7
+def _unknown(words, of):
+    "A sentence about an option that there is not: it is told before what is missing, which is often the same one."
+    typed = [w.partition('=')[0].replace('_', '-') for w in words if re.match('--[a-z]', w) and not w.startswith('--help')]
+    odd = next((w for w in typed if of and w not in of and w.replace('--no-', '--', 1) not in of), '')
+    near = get_close_matches(odd, of, 1)
+    return odd and f'unknown option {odd}{f", perhaps {near[0]}" if near else ""} (see --help)'
+
 def one_line(
     text:str,  # What the option parser printed in its frame
     kind=None, # Dataclass of the options, or a union of some
@@ -47,6 +55,7 @@ def one_line(
     told = [p for p in parts if p][1:3]      # the title first, then what is wrong, perhaps what there is instead
     line = '; '.join(p for i,p in enumerate(told) if i == 0 or p.startswith('Available'))
     of = {name: kind for _,name,kind in option_kinds(kind)}
+    if line.startswith('Missing from') and (odd := _unknown(words, of)): return odd
     named = re.search(r'--[\w.-]*\w', line) if re.match('Error parsing|Missing value|invalid choice', line) else None
     if named is None or named[0] not in of: return f'{line} (see --help)'
     if not line.startswith('Missing'):

@@ -183,6 +183,9 @@ def test_unknown_commands_and_missing_options(capsys):
     fails(["predcit"], capsys, "predcit")
     fails(["train", "dip"], capsys, "--source")
     fails(["eval", "nowhere", "--data", "x:y"], capsys, "nowhere")
+    fails(["adapt", "--source", "a:b", "--traget=images:x", "--out", "z"], capsys, "unknown option --traget, perhaps --target")
+    fails(["train", "dip", "--sorce", "gta5:x", "--out", "z"], capsys, "unknown option --sorce, perhaps --source")
+    fails(["adapt", "--out", "z"], capsys, "Missing from protonb adapt: --target")
 
 
 def test_the_console_script_has_exit_code_2_and_no_traceback(tmp_path):
