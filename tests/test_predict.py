@@ -144,7 +144,7 @@ def test_an_image_that_changed_is_predicted_again(runs, photos, tmp_path, capsys
     say = lambda: shell("predict", runs / "r0", photos, "--out", tmp_path / "p", "--device", "cpu")
     assert say() == 0
     Image.fromarray(picture(99)).save(photos / "b.png")
-    assert say() == 0 and "1 images written, 1 were there" in capsys.readouterr().out
+    assert say() == 0 and "1 image written, 1 were there" in capsys.readouterr().out
 
 
 def test_a_run_that_was_trained_on_has_other_pictures_and_other_scores(runs, photos, tmp_path, capsys):
