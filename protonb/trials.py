@@ -55,6 +55,10 @@ class Bench:
     def space(self): return self.source.space     # classes of all runs
     @cached_property
     def size(self): return self.plan.run.view or tuple(self.target[0][0].shape[1:])   # (H,W) that recipes are told
+    @cached_property
+    def told(self):       # Images to learn from and to score on, a line each; processes that wait ask again and again
+        of = self.plan.data
+        return [_images_told(*pair) for pair in ((of.source, self.source), (of.target, self.target), ('', self.score))]
     @property
     def out(self): return Path(self.plan.out)/('tuning' if self.tuning and not isinstance(self.plan.data.tune, str) else '')  # For the runs
 
@@ -343,7 +347,7 @@ def mark_of(
     data = {k: v for k,v in asdict(plan.data).items() if k != ('score' if bench.tuning else 'tune')}
     told = [bench.tuning, data, run.start, run.steps, run.batch, run.view, _weights_told(plan.weights_of(name)), name, seed, asdict(first),
             asdict(entry), flat(recipe(bench, first, name)), flat(recipe(bench, entry, name)), run.keep > 2 and (run.keep, run.validator),
-            [_images_told(*pair) for pair in ((data['source'], bench.source), (data['target'], bench.target), ('', bench.score))]]
+            bench.told]
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 # %% ../nbs/07_shell/04b_trials.ipynb #cp00030b
