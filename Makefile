@@ -38,7 +38,7 @@ site: $(STAMP)  ## the book and its reference as pages: site/index.html (needs n
 test-browser: $(STAMP)  ## site and JupyterLab in a headless Chromium, which is installed when missing; K='not 01_tour' leaves tests out
 	$(BIN)/python tools/chromium.py
 	$(BIN)/python tools/site.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 8 $(if $(K),-k "$(K)") tests/browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup --durations 8 $(if $(K),-k "$(K)") tests/browser
 
 export: $(STAMP)  ## notebooks -> protonb/, cleaned, pictures in 256 colours, README.md
 	$(BIN)/nbdev_export

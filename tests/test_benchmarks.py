@@ -91,7 +91,7 @@ def test_no_row_without_green_tests(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, 'ENTRIES', [entry])
     monkeypatch.setattr(bench, 'RESULTS', tmp_path/'results.csv')
     monkeypatch.setattr(bench, 'ceilings', lambda timer: (1., 1.))
-    monkeypatch.setattr(sys, 'argv', ['bench.py', '--quick', '--threads', '1'])
+    monkeypatch.setattr(sys, 'argv', ['bench.py', '--quick', '--threads', '1', '--only', entry.name])
     with pytest.raises(SystemExit, match='its tests fail, not measured'): bench.main()
     assert not (tmp_path/'results.csv').exists()
 

@@ -197,12 +197,11 @@ def test_the_console_script_has_exit_code_2_and_no_traceback(tmp_path):
 def test_killed_and_started_again_dip_ends_with_the_same_weights(camvid, tmp_path):
     """SIGKILL in the middle of a real DIP run; the same command goes on, bit for bit."""
     def command(out):
-        args = adapt(camvid, tmp_path / out, "--steps", "30", "--checkpoint-every", "5", "--log-every", "1")
-        return [str(Path(sys.executable).parent / "protonb"), *map(str, args)]
+        return list(map(str, adapt(camvid, tmp_path / out, "--steps", "30", "--checkpoint-every", "5", "--log-every", "1")))
 
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    subprocess.run(command("whole"), check=True, capture_output=True, env=env)
-    running = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+    assert main(command("whole")) == 0
+    running = subprocess.Popen([str(Path(sys.executable).parent / "protonb"), *command("killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env=dict(os.environ, OMP_NUM_THREADS="1"))
     points = tmp_path / "killed" / "checkpoints"
     until = time.time() + 120
     while not (points.exists() and any(p.name == "dip-0000010" for p in points.iterdir())):
@@ -211,7 +210,7 @@ def test_killed_and_started_again_dip_ends_with_the_same_weights(camvid, tmp_pat
     running.kill()
     running.wait()
     assert not (points / "dip-0000030").exists()
-    subprocess.run(command("killed"), check=True, capture_output=True, env=env)
+    assert main(command("killed")) == 0
     for name in ("checkpoints/dip-0000030/net.safetensors", "metrics.csv", "prototypes.safetensors"):
         whole, killed = (tmp_path / out / name for out in ("whole", "killed"))
         assert whole.read_bytes() == killed.read_bytes(), name

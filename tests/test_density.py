@@ -55,6 +55,7 @@ def test_reductions_and_nothing():
     assert not grad.requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.own_blas
 @pytest.mark.parametrize('C', [19, 64])
 def test_16384_features_in_under_64_megabytes(C):

@@ -110,16 +110,15 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(toy, tmp_path):
     def start(out):
         env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(tmp_path), str(Path(runs.__file__).parents[1])]), OMP_NUM_THREADS="1")
         return subprocess.Popen([sys.executable, "-c", RUNNER, *command(out, steps="30")], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    whole = start(tmp_path / "whole")
-    assert whole.wait() == 0, whole.stderr.read().decode()[-500:]
+    assert main(command(tmp_path / "whole", steps="30")) == 0
     killed, points = start(tmp_path / "killed"), tmp_path / "killed" / "checkpoints"
     until = time.time() + 120
     while not (points.exists() and any(p.name.startswith("toy-") for p in points.iterdir())):
-        assert killed.poll() is None and time.time() < until, "ended before it could be killed"
+        assert killed.poll() is None and time.time() < until, f"ended before it could be killed: {killed.stderr.read().decode()[-500:]}"
         time.sleep(.01)
     killed.kill()
     killed.wait()
-    assert start(tmp_path / "killed").wait() == 0
+    assert main(command(tmp_path / "killed", steps="30")) == 0
     for name in ("checkpoints/again-0000030/net.safetensors", "metrics.csv"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
 

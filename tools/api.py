@@ -86,8 +86,13 @@ class Reader:
         return " ".join(words)
 
     def text(self, node):
-        """Source of a node on one line."""
-        return re.sub(r"\s+", " ", ast.get_source_segment(self.source, node) or "") if node is not None else ""
+        """Source of a node on one line; `ast.get_source_segment` would part the whole file into lines for each."""
+        if node is None:
+            return ""
+        lines = [line.encode() for line in self.lines[node.lineno-1:node.end_lineno]]      # the parser counts bytes
+        lines[-1] = lines[-1][:node.end_col_offset]
+        lines[0] = lines[0][node.col_offset:]
+        return re.sub(r"\s+", " ", b"\n".join(lines).decode())
 
     def params(self, node):
         """Parameters of a function; several on one line share its comment, or have one part of it each where it has as many, parted by semicolons."""

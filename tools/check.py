@@ -60,7 +60,7 @@ def main():
     run("pytest", [*pytest, "--durations", "8", "tests"])
     for name, env in SETTINGS:
         run(f"operations, {name}", [*pytest, "-m", "not slow", *OPERATIONS], **env)
-    run("operations and losses, a rough BLAS", [*pytest, "--rough-blas", "-k", f"not ({WHOLE_RUNS})", *OPERATIONS, *METHODS])
+    run("operations and losses, a rough BLAS", [*pytest, "--rough-blas", "-m", "not slow", "-k", f"not ({WHOLE_RUNS})", *OPERATIONS, *METHODS])
 
 
 if __name__ == "__main__":

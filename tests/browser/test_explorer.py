@@ -15,6 +15,7 @@ from protonb.labels import CITYSCAPES  # noqa: E402
 from protonb.report import write_report  # noqa: E402
 
 SIZE, WIDTHS = (97, 193), (390, 1300)
+pytestmark = pytest.mark.xdist_group("explorer")      # pages that are made once
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ TOUR = "nbs/06_guides/01_tour.ipynb"
 RUNS = {TOUR: 240, "nbs/02_ops/05_pixel_losses.ipynb": 120, "nbs/05_methods/08_joint.ipynb": 120}   # seconds that each may take, on two cores
 COPIED = ("nbs", "kernels", "tools", "benchmarks", "CONTRIBUTING.md", "README.md", "settings.ini")
 PANEL = ".jp-NotebookPanel:not(.lm-mod-hidden)"
+pytestmark = pytest.mark.xdist_group("lab")      # one server for all of them
 
 
 @pytest.fixture(scope="module")
