@@ -413,7 +413,7 @@ CSS_REST = '''
 ul{margin:0;padding-left:18px}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr));gap:10px 26px}
 .fig{max-width:100%;height:auto;display:block}
-picture+h3{margin-top:22px}
+.scroll .fig{max-width:none}picture+h3{margin-top:22px}
 pre{background:color-mix(in srgb,var(--line) 35%,transparent);border-radius:8px;padding:9px 14px;margin:6px 0;
 white-space:pre-wrap;overflow-wrap:anywhere;
 font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;user-select:all}
