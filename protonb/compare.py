@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'BY_LABELS', 'gathered', 'read_table', 'summary', 'with_error', 'cells', 'lead', 'is_control', 'by_labels',
            'as_markdown', 'draw_bars', 'shown', 'network_of', 'panels_of', 'settings_told', 'write_page', 'Compare',
-           'asked', 'helpers', 'words_of', 'compare']
+           'asked', 'helpers', 'compare']
 
 # %% ../nbs/07_shell/05_compare.ipynb #cp000104
 import csv, os, shlex, statistics
@@ -33,6 +33,7 @@ from .settings import Seed, Whole, checked_dataclass
 from .training import Train, accelerator_for, read_metrics, versions
 from .trials import Bench, _adabn, _within, home_of, images_for, open_plan, read_results, recipe, work
 from .weak_labels import KINDS
+from .words import words_of
 
 # %% ../nbs/07_shell/05_compare.ipynb #cp000111
 def gathered(
@@ -254,7 +255,7 @@ def write_page(
     curves = _curves(bench, [r for r in one.values() if not r['adabn']])
     told = [el('details', el('summary', m), settings_tables(of)) for m,of in settings_told(bench, entries, net).items()]
     setup = setup_section({}, list(commands), versions(accelerator_for(Train()))) + [el('h3', 'Settings'), told]
-    sections = [_section('Result', ABOUT_TABLE, bars, _html(*by_labels(mine)), _html(*cells(table))),
+    sections = [_section('Result', ABOUT_TABLE, el('div', bars, class_='scroll'), _html(*by_labels(mine)), _html(*cells(table))),
                 _about('Pictures', panels_section(pictures, bench.space) if pictures else None),
                 _about('Training', curves_section(curves, len(curves)) if curves else None), _about('Set-up', setup)]
     said = f'{len(entries)} trainings a seed; {len(bench.target)} target images, scored on {len(bench.score)}.'
@@ -318,14 +319,6 @@ def helpers(
         torch.set_num_threads(threads)
 
 # %% ../nbs/07_shell/05_compare.ipynb #cp00047b
-def words_of(
-    o:Compare,   # Options
-)->list:         # Words
-    "The command line that asks for the same again."
-    told = [('--root', o.root), ('--out', o.out), ('--only', o.only), ('--seeds', o.seeds)]
-    return ['protonb', 'compare', str(o.plan), *(str(w) for name,v in told if v not in (None, ())
-                                                 for w in (name, *(v if isinstance(v, tuple) else (v,)))), *['--tuning']*o.tuning]
-
 def compare(
     o:Compare,   # Options
 )->int:          # Exit code; 2 where a training diverged
@@ -338,6 +331,6 @@ def compare(
     head,body = cells(summary(rows))
     print(_align([head, None, *body]))
     path = Path(bench.plan.out)/('tuning.html' if o.tuning else 'report.html')
-    write_page(path, bench, entries, rows, o.images, [shlex.join(words_of(o))])
+    write_page(path, bench, entries, rows, o.images, [shlex.join(words_of(o, 'protonb', 'compare'))])
     print(f'report: {path}')
     return 2 if any(r['miou'] is None for r in rows) else 0
