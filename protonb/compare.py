@@ -172,10 +172,12 @@ def draw_bars(
     for r in rows:
         if r['entry'] in ('start', 'oracle'): ax.axvline(r['mean'], lw=.8, ls=':', color='gray')
     ax.set_yticks(y, [r['entry'] for r in rows])
-    ax.invert_yaxis(), ax.set_xlabel('mIoU in percent (dotted: start and oracle); labels of the target:')
+    end,columns = ('\n', 3) if fig.get_figwidth() < 6 else (' ', len(kinds))
+    ax.invert_yaxis(), ax.set_xlabel(f'mIoU in percent (dotted: start and oracle);{end}labels of the target:')
     fig.set_layout_engine('constrained')
-    fig.legend(loc='outside lower center', ncols=len(kinds), fontsize=8)
+    fig.legend(loc='outside lower center', ncols=columns, fontsize=8)
 
+# %% ../nbs/07_shell/05_compare.ipynb #cp000380
 def shown(
     table:list,  # From `summary`, of one network
 )->list:         # Names of entries
@@ -250,12 +252,12 @@ def write_page(
     table,net = summary(rows),rows[0]['network']
     mine,there = [r for r in table if r['network'] == net],[r for r in rows if r['network'] == net and r['miou'] is not None]
     one = {r['entry']: r for r in there if r['seed'] == there[0]['seed']}
-    bars = figure(lambda fig: draw_bars(fig, mine), 8, 1.2+.24*len(mine), 'mIoU of every entry')
+    bars = figure(lambda fig: draw_bars(fig, mine), 8, 1.2+.24*len(mine), 'mIoU of every entry', narrow=4)
     pictures = panels_of(bench, [one[t] for t in shown(mine) if t in one], images) if images else []
     curves = _curves(bench, [r for r in one.values() if not r['adabn']])
     told = [el('details', el('summary', m), settings_tables(of)) for m,of in settings_told(bench, entries, net).items()]
     setup = setup_section({}, list(commands), versions(accelerator_for(Train()))) + [el('h3', 'Settings'), told]
-    sections = [_section('Result', ABOUT_TABLE, el('div', bars, class_='scroll'), _html(*by_labels(mine)), _html(*cells(table))),
+    sections = [_section('Result', ABOUT_TABLE, bars, _html(*by_labels(mine)), _html(*cells(table))),
                 _about('Pictures', panels_section(pictures, bench.space) if pictures else None),
                 _about('Training', curves_section(curves, len(curves)) if curves else None), _about('Set-up', setup)]
     said = f'{len(entries)} trainings a seed; {len(bench.target)} target images, scored on {len(bench.score)}.'

@@ -58,17 +58,19 @@ def figure(
     width,       # Inches
     height,      # Inches
     alt,         # What is to be seen, for people who do not see it
+    narrow=None, # Inches on a phone, where a figure made smaller could not be read
 )->Html:         # A <picture> with a light and a dark version
     "A figure for the page; the reader's colour scheme picks the version."
-    uris = []
-    for dark in (False, True):
+    def uri(dark, width):
         with style(dark):
             fig, raw = Figure(figsize=(width, height), dpi=144), io.BytesIO()    # no pyplot: nothing is opened, nothing leaks
             draw(fig)
             fig.savefig(raw, format='png')
-        uris.append('data:image/png;base64,' + base64.b64encode(raw.getvalue()).decode())
-    return el('picture', el('source', media='(prefers-color-scheme: dark)', srcset=uris[1]),
-              el('img', src=uris[0], alt=alt, width=round(96*width), class_='fig'))
+        return 'data:image/png;base64,' + base64.b64encode(raw.getvalue()).decode()
+    night, phone = '(prefers-color-scheme: dark)', '(max-width: 720px)'
+    small = [(f'{night} and {phone}', True, narrow), (phone, False, narrow)] if narrow else []
+    sources = [el('source', media=media, srcset=uri(dark, w)) for media, dark, w in (*small, (night, True, width))]
+    return el('picture', sources, el('img', src=uri(False, width), alt=alt, width=round(96*width), class_='fig'))
 
 # %% ../nbs/04_learning/05_report.ipynb #7ceb1a18
 def _pct(x, digits=1): return '–' if x != x else f'{100*x:.{digits}f}'
@@ -413,7 +415,7 @@ CSS_REST = '''
 ul{margin:0;padding-left:18px}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr));gap:10px 26px}
 .fig{max-width:100%;height:auto;display:block}
-.scroll .fig{max-width:none}picture+h3{margin-top:22px}
+picture+h3{margin-top:22px}
 pre{background:color-mix(in srgb,var(--line) 35%,transparent);border-radius:8px;padding:9px 14px;margin:6px 0;
 white-space:pre-wrap;overflow-wrap:anywhere;
 font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;user-select:all}
