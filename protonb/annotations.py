@@ -44,7 +44,7 @@ def _mask(size, shape):
 def _sound(drawing, where):
     "Refuse sizes and corners that would take memory or hours to draw."
     (H, W), wrong = drawing.size, lambda v: not abs(v) < 1e6
-    if min(H, W) < 1: raise InputError(f'{where}: is for a photo of {W}x{H} pixels, expected at least one')
+    if min(H, W) < 1: raise InputError(f'{where}: is for a photo of {H}x{W} pixels (height x width), expected at least one')
     small_enough(W, H, where)
     for s in drawing.shapes:
         corners = [v for p in s.data for v in p] if s.kind in ('rectangle', 'ellipse') else s.data[:2] if s.kind == 'mask' else ()

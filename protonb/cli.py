@@ -8,7 +8,7 @@ __all__ = ['EXAMPLE', 'COMMANDS', 'Command', 'EXAMPLES', 'open_job', 'announce',
            'find_images', 'predict', 'Report', 'report', 'Info', 'info', 'parse', 'main']
 
 # %% ../nbs/07_shell/02_cli.ipynb #e918f1b7
-import os, sys
+import os, shlex, sys
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from .adapt import Adapt, adapt
 from .compare import Compare, compare
 from .core import InputError
 from .data_tools import Data, use_data
-from .datasets import open_dataset, require_labels, take
+from .datasets import open_dataset, require_labels, take, with_split
 from .evaluation import FORMATS, KINDS, compare_table, output_paths, predict_files, stamp_of
 from .feeding import TestTime
 from .files import PICTURES, files_below, spelt
@@ -35,8 +35,8 @@ from .runs import (ADAPTABLE, METHODS, FileOptions, Stopped, build_net, device_o
                           net_options, open_run, read_config, read_scores, ready, score, space_to_dict, terminated)
 from .settings import Seed, checked_dataclass, Some, Whole
 from .training import Train, accelerator_for, latest_checkpoint, versions
-from .validation import Validate, validate_runs
-from .words import read_words
+from .validation import Validate, runs_named, validate_runs
+from .words import read_words, words_of
 
 # %% ../nbs/07_shell/02_cli.ipynb #4aa7dc74
 def _space(o, m):
@@ -110,7 +110,7 @@ def train(
     go_on(done)
     if val is not None and acc.is_main_process:
         stage = done['stage'] if latest_checkpoint(o.out, done['stage']) else None     # some stages train nothing
-        score(open_run(o.out, acc.device, stage=stage), val, f'{o.val} val')
+        score(open_run(o.out, acc.device, stage=stage), val, with_split(o.val, 'val'))
     return 0
 
 # %% ../nbs/07_shell/02_cli.ipynb #2d3365d1
@@ -201,7 +201,7 @@ class Eval:
 def eval_run(o:Eval):  # The options
     "protonb eval"
     run = open_with(o, o.run, o.data)
-    score(run, open_dataset(o.data, o.split, run.space), f'{o.data} {o.split}', o.look)
+    score(run, open_dataset(o.data, o.split, run.space), with_split(o.data, o.split), o.look)
     return 0
 
 # %% ../nbs/07_shell/02_cli.ipynb #eb4f28ef
@@ -264,7 +264,7 @@ def predict(o:Predict):  # The options
 @checked_dataclass
 class Report:
     "One self-contained page about one or more runs: scores, pictures, curves, prototypes, settings."
-    runs:Positional[Some(Path, 1, 64)]  # Run folders or, with --net, bare weight files; the baseline first
+    runs:Positional[Some(Path, 1, 64)]  # Run folders, folders of runs or, with --net, bare weight files; the baseline first
     data:str                     # Labelled images for scores and pictures, kind:path
     split:str = 'val'            # Split of the data set
     out:Path|None = None         # HTML file; report.html in the last run folder when left out
@@ -278,22 +278,23 @@ class Report:
 # %% ../nbs/07_shell/02_cli.ipynb #ec507e2c
 def report(o:Report):  # The options
     "protonb report"
-    last = o.runs[-1]
+    paths = runs_named(o.runs)
+    last = paths[-1]
     page = o.out or (last/'report.html' if last.is_dir() else last.with_suffix('.html'))
     if page.is_dir(): raise InputError(f'--out {page}: is a folder; expected the name of an HTML file')
-    names = [p.resolve().name for p in o.runs]
-    runs = {n if names.count(n) == 1 else str(p): open_with(o, p, o.data) for n,p in zip(names, o.runs)}
+    names = [p.resolve().name for p in paths]
+    runs = {n if names.count(n) == 1 else str(p): open_with(o, p, o.data) for n,p in zip(names, paths)}
     first,*others = [r for r in runs.values() if ready(r)]
     for r in others:
         if r.space.classes != first.space.classes:
             raise InputError(f'{r.dir}: has the classes of {r.space.name}, {first.dir} those of {first.space.name}; expected the same')
     data = open_dataset(o.data, o.split, first.space)
-    name = f'{o.data} {o.split}'
+    name = with_split(o.data, o.split)
     scores = {t: replace(s, space=first.space) for t,s in scored(runs, data, name, o.look).items()}     # in its colours
     print(compare_table(scores))
     make_report(page, runs, scores, data,
                 title=', '.join(runs), summary=f'{name}, {len(data)} images', images=o.images, explored=o.explore, look=o.look,
-                commands=[f'protonb report {" ".join(map(str, o.runs))} --data {o.data}'])
+                commands=[shlex.join(words_of(o, 'protonb', 'report'))])
     return 0
 
 # %% ../nbs/07_shell/02_cli.ipynb #7aaacb0e

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'BY_LABELS', 'gathered', 'read_table', 'summary', 'with_error', 'cells', 'lead', 'is_control', 'by_labels',
            'as_markdown', 'draw_bars', 'shown', 'network_of', 'panels_of', 'settings_told', 'write_page', 'Compare',
-           'asked', 'helpers', 'words_of', 'compare']
+           'asked', 'helpers', 'compare']
 
 # %% ../nbs/07_shell/05_compare.ipynb #cp000104
 import csv, os, shlex, statistics
@@ -33,6 +33,7 @@ from .settings import Seed, Whole, checked_dataclass
 from .training import Train, accelerator_for, read_metrics, versions
 from .trials import Bench, _adabn, _within, home_of, images_for, open_plan, read_results, recipe, work
 from .weak_labels import KINDS
+from .words import words_of
 
 # %% ../nbs/07_shell/05_compare.ipynb #cp000111
 def gathered(
@@ -171,10 +172,12 @@ def draw_bars(
     for r in rows:
         if r['entry'] in ('start', 'oracle'): ax.axvline(r['mean'], lw=.8, ls=':', color='gray')
     ax.set_yticks(y, [r['entry'] for r in rows])
-    ax.invert_yaxis(), ax.set_xlabel('mIoU in percent (dotted: start and oracle); labels of the target:')
+    end,columns = ('\n', 3) if fig.get_figwidth() < 6 else (' ', len(kinds))
+    ax.invert_yaxis(), ax.set_xlabel(f'mIoU in percent (dotted: start and oracle);{end}labels of the target:')
     fig.set_layout_engine('constrained')
-    fig.legend(loc='outside lower center', ncols=len(kinds), fontsize=8)
+    fig.legend(loc='outside lower center', ncols=columns, fontsize=8)
 
+# %% ../nbs/07_shell/05_compare.ipynb #cp000380
 def shown(
     table:list,  # From `summary`, of one network
 )->list:         # Names of entries
@@ -249,7 +252,7 @@ def write_page(
     table,net = summary(rows),rows[0]['network']
     mine,there = [r for r in table if r['network'] == net],[r for r in rows if r['network'] == net and r['miou'] is not None]
     one = {r['entry']: r for r in there if r['seed'] == there[0]['seed']}
-    bars = figure(lambda fig: draw_bars(fig, mine), 8, 1.2+.24*len(mine), 'mIoU of every entry')
+    bars = figure(lambda fig: draw_bars(fig, mine), 8, 1.2+.24*len(mine), 'mIoU of every entry', narrow=4)
     pictures = panels_of(bench, [one[t] for t in shown(mine) if t in one], images) if images else []
     curves = _curves(bench, [r for r in one.values() if not r['adabn']])
     told = [el('details', el('summary', m), settings_tables(of)) for m,of in settings_told(bench, entries, net).items()]
@@ -318,14 +321,6 @@ def helpers(
         torch.set_num_threads(threads)
 
 # %% ../nbs/07_shell/05_compare.ipynb #cp00047b
-def words_of(
-    o:Compare,   # Options
-)->list:         # Words
-    "The command line that asks for the same again."
-    told = [('--root', o.root), ('--out', o.out), ('--only', o.only), ('--seeds', o.seeds)]
-    return ['protonb', 'compare', str(o.plan), *(str(w) for name,v in told if v not in (None, ())
-                                                 for w in (name, *(v if isinstance(v, tuple) else (v,)))), *['--tuning']*o.tuning]
-
 def compare(
     o:Compare,   # Options
 )->int:          # Exit code; 2 where a training diverged
@@ -338,6 +333,6 @@ def compare(
     head,body = cells(summary(rows))
     print(_align([head, None, *body]))
     path = Path(bench.plan.out)/('tuning.html' if o.tuning else 'report.html')
-    write_page(path, bench, entries, rows, o.images, [shlex.join(words_of(o))])
+    write_page(path, bench, entries, rows, o.images, [shlex.join(words_of(o, 'protonb', 'compare'))])
     print(f'report: {path}')
     return 2 if any(r['miou'] is None for r in rows) else 0

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PairFolder', 'examine', 'published', 'gta5', 'cityscapes', 'synthia', 'camvid', 'carla', 'folder', 'chosen', 'images',
-           'require_labels', 'Part', 'take', 'Resized', 'resized', 'Cached', 'Mapped', 'open_dataset', 'splits_of']
+           'require_labels', 'Part', 'take', 'Resized', 'resized', 'Cached', 'spec_parts', 'with_split', 'Mapped',
+           'open_dataset', 'splits_of']
 
 # %% ../nbs/01_data/03_datasets.ipynb #5d4c5314
 import os, re, tomllib
@@ -87,7 +88,7 @@ def _fitted(ds, i, label, size):
     if ds.resize_label: return resize_label(label, size)
     path, (h, w) = ds.label_paths[i], label.shape
     turned = ' (turned upright by its EXIF note; the label is not)' if label.shape == size[::-1] and noted(ds.image_paths[i]) else ''
-    raise InputError(f'{path}: is {w}x{h}, but its image {ds.image_paths[i]} is {size[1]}x{size[0]}{turned}')
+    raise InputError(f'{path}: is {h}x{w} (height x width), but its image {ds.image_paths[i]} is {size[0]}x{size[1]}{turned}')
 
 # %% ../nbs/01_data/03_datasets.ipynb #74e4088e
 def _no_other(raw): return bool((raw == IGNORE).any()) and not bool(((raw > 0) & (raw < IGNORE)).any())
@@ -729,17 +730,32 @@ _KINDS = dict(gta5=(), cityscapes=('split', 'labels'), camvid=('split',), carla=
     streets=('split', 'count', 'seed'), synthia=('lane_is_road',), carlascapes=(), bdd100k=('split',), vistas=('split',),
     acdc=('split', 'condition'), dark_zurich=('split', 'condition'), idd=('split',))
 
+# %% ../nbs/01_data/03_datasets.ipynb #dc000030
+def spec_parts(
+    spec:str, # 'kind:path[,key=value...]'
+)->tuple:     # Kind, path, texts key=value
+    "A text for a data set in its parts; a comma inside a path is part of the path."
+    kind, _, rest = spec.partition(':')
+    path, *options = re.split(r',(?=\w+=)', rest)
+    return kind, path, options
+
+def with_split(
+    spec:str,  # 'kind:path[,key=value...]'
+    split:str, # Split that it is opened with
+)->str:
+    "How scores and pages call a split of a data set: as in `open_dataset` an option split=... wins."
+    return spec if any(o.startswith('split=') for o in spec_parts(spec)[2]) else f'{spec} {split}'
+
 # %% ../nbs/01_data/03_datasets.ipynb #aedf7e5d
 def _parse(spec):
     "kind, path and options of a text such as 'camvid:data/camvid,size=180x240'."
-    kind, colon, rest = spec.partition(':')
+    kind, path, options = spec_parts(spec)
     form = f'expected kind:path[,key=value] with one of: {", ".join(_KINDS)}'
-    if kind not in _KINDS or not colon:
+    if kind not in _KINDS or ':' not in spec:
         guess = f'; perhaps images:{spec}' if Path(spec).is_dir() else f'; perhaps folder:{spec}' if spec.endswith('.toml') else ''
         raise InputError(f'data set {spec!r}: unknown kind {kind!r}, {form}{guess}')
-    path, *pairs = re.split(r',(?=\w+=)', rest)     # a comma inside a path is part of the path
     if not path: raise InputError(f'data set {spec!r}: names no path, {form}')
-    return kind, path, _values(spec, kind, [p.split('=', 1) for p in pairs])
+    return kind, path, _values(spec, kind, [p.split('=', 1) for p in options])
 
 # %% ../nbs/01_data/03_datasets.ipynb #5c9a72a4
 def _values(spec, kind, pairs):

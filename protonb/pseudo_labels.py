@@ -419,7 +419,8 @@ def write_labels(
 
 # %% ../nbs/04_learning/06_pseudo_labels.ipynb #53b99ba2
 def _same_size(path, a, size):
-    if a.shape != tuple(size): raise InputError(f'{path}: is {a.shape[1]}x{a.shape[0]}, but its image is {size[1]}x{size[0]}')
+    (h, w), (H, W) = a.shape[:2], size
+    if a.shape != (H, W): raise InputError(f'{path}: is {h}x{w} (height x width), but its image is {H}x{W}')
 
 def _read_ids(path, K, size):
     "Train ids of one file, checked."

@@ -58,17 +58,19 @@ def figure(
     width,       # Inches
     height,      # Inches
     alt,         # What is to be seen, for people who do not see it
+    narrow=None, # Inches on a phone, where a figure made smaller could not be read
 )->Html:         # A <picture> with a light and a dark version
     "A figure for the page; the reader's colour scheme picks the version."
-    uris = []
-    for dark in (False, True):
+    def uri(dark, width):
         with style(dark):
             fig, raw = Figure(figsize=(width, height), dpi=144), io.BytesIO()    # no pyplot: nothing is opened, nothing leaks
             draw(fig)
             fig.savefig(raw, format='png')
-        uris.append('data:image/png;base64,' + base64.b64encode(raw.getvalue()).decode())
-    return el('picture', el('source', media='(prefers-color-scheme: dark)', srcset=uris[1]),
-              el('img', src=uris[0], alt=alt, width=round(96*width), class_='fig'))
+        return 'data:image/png;base64,' + base64.b64encode(raw.getvalue()).decode()
+    night, phone = '(prefers-color-scheme: dark)', '(max-width: 720px)'
+    small = [(f'{night} and {phone}', True, narrow), (phone, False, narrow)] if narrow else []
+    sources = [el('source', media=media, srcset=uri(dark, w)) for media, dark, w in (*small, (night, True, width))]
+    return el('picture', sources, el('img', src=uri(False, width), alt=alt, width=round(96*width), class_='fig'))
 
 # %% ../nbs/04_learning/05_report.ipynb #7ceb1a18
 def _pct(x, digits=1): return '–' if x != x else f'{100*x:.{digits}f}'

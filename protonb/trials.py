@@ -19,7 +19,7 @@ import torch
 from . import methods
 from .core import InputError, atomic_path
 from .data_tools import group_by
-from .datasets import open_dataset, require_labels, take
+from .datasets import open_dataset, require_labels, spec_parts, take
 from .evaluation import evaluate
 from .feeding import adapt_segmenter, segmenter
 from .few_shot import draw_shots, group_of
@@ -30,7 +30,7 @@ from .plans import Entry, Plan, folder_of, with_settings
 # %% ../nbs/07_shell/04b_trials.ipynb #cp000005
 from .pseudo_labels import PartlyLabelled, Unlabelled
 from .recipes import Situation, flat
-from .runs import METHODS, build_net, go_on, open_run, net_options, read_config, read_stages, space_to_dict, start_kind
+from .runs import METHODS, build_net, go_on, open_run, net_options, read_config, space_to_dict, start_kind
 from .training import Diverged, Train, accelerator_for, latest_checkpoint, read_rows
 from .validation import candidates
 from .validators import VALIDATORS, looks
@@ -110,17 +110,16 @@ def open_plan(
         space = source.space
         for c in plan.data.unseen:
             if c not in space.classes: raise InputError(f'[data] unseen: {c} is none of the classes of {space.name}')
-        try: target,known = _opened(plan, 'target', 'train', space),True
-        except InputError as e:
-            target,known = _opened(plan, 'target', 'train', space, False),False
-            print(f'note: {e}; so no entries with labels')
+        try: target,bare = _opened(plan, 'target', 'train', space),''
+        except InputError as e: target,bare = _opened(plan, 'target', 'train', space, False),f'note: {e}; so no entries with labels'
         group = _grouped(plan.data.group, names := list(target.names))
         if tuning and not isinstance(plan.data.tune, str):
             last,rest = kept_back(names, plan.data.tune, group)
             target,score = take(target, rest),require_labels(take(target, last), '[data] tune')
         else: score = _opened(plan, 'tune' if tuning else 'score', 'val', space)
         shots = [f'{k}-shot' for k in plan.shots if _drawable(list(target.names), k, group)]
-    return Bench(plan, source, target, score, ['none', *KINDS, *shots, 'full'] if known else ['none'], group, tuning, **how)
+    if bare: print(bare)
+    return Bench(plan, source, target, score, ['none'] if bare else ['none', *KINDS, *shots, 'full'], group, tuning, **how)
 
 # %% ../nbs/07_shell/04b_trials.ipynb #cp000017
 def images_for(
@@ -170,8 +169,8 @@ def home_of(
 def _images_told(spec, ds):
     "What a run may not find changed: kind, options and names of its images, wherever they lie."
     names = hashlib.sha256('\n'.join(map(str, ds.names)).encode(errors='surrogateescape')).hexdigest()[:8]
-    options = [part for part in spec.split(',')[1:] if re.match(r'\w+=', part)]
-    return f'{",".join([spec.partition(":")[0], *options])}: {len(ds)} images, names {names}'
+    kind,_,options = spec_parts(spec)
+    return f'{",".join([kind, *options])}: {len(ds)} images, names {names}'
 
 def _weights_told(path):
     "Name and content of a file of weights; the name alone of what is none."
@@ -188,11 +187,6 @@ def _about(bench, entry, name, source, target):
     weights = {'weights': _weights_told(w)} if first and (w := bench.plan.weights_of(name)) else {}
     return told | weights
 
-def _begun_before(folder, told):
-    "Whether a run was begun when configurations did not say this yet: it goes on without."
-    stages = [meta.get('config') or {} for meta in read_stages(folder).values()]
-    return bool(stages) and not any(set(told) & set(c) for c in stages)
-
 # %% ../nbs/07_shell/04b_trials.ipynb #cp00019z
 def job_of(
     bench:Bench,   # Plan and images
@@ -207,7 +201,7 @@ def job_of(
     how = Train(max(1, steps), run.batch, seed, device=bench.device, checkpoint_every=run.every, keep=run.keep)
     images,folder = images_for(bench, entry, seed),home_of(bench, name, seed)/folder_of(entry)
     told = _about(bench, entry, name, *images)
-    about = dict(net=name, space=space_to_dict(bench.space)) | net_options(net) | ({} if _begun_before(folder, told) else told)
+    about = dict(net=name, space=space_to_dict(bench.space)) | net_options(net) | told
     return methods.Job(METHODS[entry.method], cfg, how, folder, net, *images,
                        lambda *_: deepcopy(net), about, begin='before', progress=bench.progress)
 

@@ -318,7 +318,7 @@ class PointFolder:
         (H, W), (h, w) = image.shape[1:], label.shape
         if H*w != h*W or h > H:
             where = self.where if isinstance(p, Points) else p
-            raise InputError(f'{where}: has points on {w}x{h}, but image {path} is {W}x{H}')
+            raise InputError(f'{where}: has points on {h}x{w} (height x width), but image {path} is {H}x{W}')
         return (image if h == H else resize_image(image, (h, w), Image.Resampling.BILINEAR)), label
 
 # %% ../nbs/01_data/07_weak_labels.ipynb #bc18a2aa

@@ -54,9 +54,9 @@ def town(tmp_path_factory):
                 few=write(root / "few", 0.6, 3, n=2), weak=write(root / "weak", 0.6, 4, points=True))
 
 
-def run(town, out, *more, source=True, steps=6):
+def run(town, out, *more, source=True, steps=6, net="pbal_small"):
     words = ["adapt", "--target", town["target"], "--out", out, "--steps", steps, "--batch-size", 2, "--device", "cpu", "--images", 2, "--size", "30x45"]
-    words += ["--source", town["source"], "--net", "pbal_small"] if source else []
+    words += ["--source", town["source"], *(["--net", net] if net else [])] if source else []
     return main([str(w) for w in (*words, *more)])
 
 
@@ -78,10 +78,11 @@ def test_two_folders_end_in_an_answer(town, whole):
     of = read_config(whole / "adapted")[1]["config"]
     assert of["hyper"]["labels"] == "none" and of["source"] == town["source"]
     names = sorted(p.name for p in (whole / "predictions").iterdir())
-    assert names == [f"2_{i}_{kind}.png" for i in (0, N - 1) for kind in ("color", "overlay")]
+    assert names == [f"2_{i}_{kind}.png" for i in (0, N - 1) for kind in ("color", "overlay", "trainIds")]
     assert Image.open(whole / "predictions" / names[0]).size == (W, H)
     page = (whole / "report.html").read_text()
     assert "mIoU" in page and "adapted" in page and "protonb adapt" in page and "truth" in page
+    assert f"Prototypes: the mean features of the classes in {N} labelled images of the source." in page
     assert not [p for p in whole.rglob("*") if p.name.endswith(".tmp") or p.name == ".lock"]
 
 
@@ -155,13 +156,35 @@ def test_finished_stages_are_kept_and_another_command_is_refused(town, whole, mo
     assert run(town, whole) == 0
     capsys.readouterr()
     assert run(town, whole, steps=9) == 2
-    assert "was begun with --steps 6" in capsys.readouterr().err
+    said, err = capsys.readouterr()
+    assert "was begun with --steps 6" in err and not said
+
+
+def test_no_scores_is_said_after_what_is_wrong(town, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adapt.json").write_text("[]")
+    bare = ["adapt", "--source", town["source"], "--target", f"images:{town['root']}/street/images/train", "--out", tmp_path / "out", "--device", "cpu", "--net", "pbal_small"]
+    assert main([str(w) for w in bare]) == 2
+    said, err = capsys.readouterr()
+    assert "adapt.json: damaged" in err and not said
+
+
+def test_its_folder_stands_for_its_runs(town, whole, capsys):
+    """The start first; and a split that is named is not named again."""
+    spec = f"{town['target']},split=train"
+    assert main(["report", str(whole), "--data", spec, "--images", "1", "--explore", "0", "--device", "cpu"]) == 0
+    page = (whole / "adapted" / "report.html").read_text()
+    assert "<h1>start, adapted</h1>" in page and f"{spec}, {N} images" in page and f"protonb report {whole} --data" in page
+    assert f"{spec} val" not in page and spec in read_scores(whole / "start")
+    assert main(["validate", str(whole), "--data", spec, "--pixels", "200"]) == 0
+    said = capsys.readouterr().out
+    assert f"{whole}/start" in said and f"{whole}/adapted" in said
 
 
 def test_few_labelled_images_of_another_folder(town, whole, monkeypatch):
     fixed(monkeypatch)
     out = town["root"] / "with-few"
-    assert run(town, out, "--few", town["few"], "--start", whole / "start", "--net", "", steps=3) == 0
+    assert run(town, out, "--few", town["few"], "--start", whole / "start", net="", steps=3) == 0
     of = read_config(out / "adapted")[1]["config"]
     assert of["hyper"]["labels"] == "few" and of["images"] == ["3_0", "3_1"] and not (out / "start").exists()
 
@@ -169,7 +192,7 @@ def test_few_labelled_images_of_another_folder(town, whole, monkeypatch):
 def test_points(town, whole, monkeypatch):
     fixed(monkeypatch)
     out = town["root"] / "with-points"
-    assert run(town, out, "--weak", town["weak"], "--labels", "point", "--start", whole / "start", "--net", "", steps=3) == 0
+    assert run(town, out, "--weak", town["weak"], "--labels", "point", "--start", whole / "start", net="", steps=3) == 0
     of = read_config(out / "adapted")[1]["config"]
     assert of["hyper"]["labels"] == "point" and of["weak"] == town["weak"]
 
@@ -196,7 +219,7 @@ def test_source_free_without_any_label(town, whole, monkeypatch, capsys):
     out = town["root"] / "free"
     words = ["adapt", "--start", whole / "start", "--target", f"images:{town['root']}/street/images/train", "--out", out, "--steps", 3, "--batch-size", 2, "--size", "30x45"]
     assert main([str(w) for w in (*words, "--device", "cpu", "--images", 1)]) == 0
-    assert open_run(out / "adapted").method == "iapc" and len(list((out / "predictions").iterdir())) == 2
+    assert open_run(out / "adapted").method == "iapc" and len(list((out / "predictions").iterdir())) == 3
     page = (out / "report.html").read_text()
     assert "truth" not in page.split("<body>")[1].split("Set-up")[0].replace("what it truly shows where somebody has labelled it", "") and "no scores" in capsys.readouterr().out
 
@@ -206,13 +229,15 @@ def test_source_free_without_any_label(town, whole, monkeypatch, capsys):
     (["--target", "."], "perhaps images:."), (["--target", "gone.toml"], "perhaps folder:gone.toml"), (["--weak", "images:gone"], "--labels"), (["--val", "folder:gone.toml"], "--val folder:gone.toml"),
     (["--start", "gone"], "--start gone"), (["--size", "60"], "HEIGHTxWIDTH"), (["--steps", "2"], "--steps"), (["--steps", "6", "--hours", "1"], "one of them"),
     (["--source", "images:."], "--source images:."), (["--target", "folder:gone.toml"], "--target folder:gone.toml"), (["--source", ""], "--source"),
+    (["--few", "../train"], "--few ../train: is a folder; expected kind:path, or a text file"), (["--out", __file__], f"--out {__file__}: is a file; expected a folder"),
+    *(([f"--{k}", ""], f"--{k} is empty; expected KIND:PATH, or no --{k}") for k in ("few", "weak", "val")), (["--start="], "--start is empty; expected RUN, or no --start"),
     (["--weak", "images:gone", "--labels", "point"], "--weak images:gone"), (["--few", __file__], f"--few {__file__}: the data set of 5 images"), (["--classes", "none"], "--classes")])
 def test_a_mistake_is_one_line_before_anything_is_written(town, tmp_path, monkeypatch, capsys, more, says):
     monkeypatch.chdir(town["root"] / "game" / "images" / "train")
     assert run(town, tmp_path / "out", *more) == 2
-    err = capsys.readouterr().err.strip()
-    assert len(err.splitlines()) == 1 and err.startswith("protonb: ") and says in err, err
-    assert more[0] != "--few" or err.count(more[1]) == 1, err          # what was given is said once
+    said, err = map(str.strip, capsys.readouterr())
+    assert len(err.splitlines()) == 1 and err.startswith("protonb: ") and says in err and not said, (said, err)
+    assert more[0] != "--few" or not more[1] or err.count(more[1]) == 1, err          # what was given is said once
     assert not (tmp_path / "out").exists()
 
 

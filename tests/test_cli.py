@@ -1,5 +1,6 @@
 """The command line: every mistake is one line and exit code 2, and leaves nothing half-written."""
 import os
+import re
 import subprocess
 import sys
 import time
@@ -186,6 +187,29 @@ def test_unknown_commands_and_missing_options(capsys):
     fails(["adapt", "--source", "a:b", "--traget=images:x", "--out", "z"], capsys, "unknown option --traget, perhaps --target")
     fails(["train", "dip", "--sorce", "gta5:x", "--out", "z"], capsys, "unknown option --sorce, perhaps --source")
     fails(["adapt", "--out", "z"], capsys, "Missing from protonb adapt: --target")
+
+
+@pytest.mark.parametrize("words, shown", [
+    ("adapt", ["--target KIND:PATH", "--out DIR", "--start RUN", "--val KIND:PATH", "--weights FILE", "--size HEIGHTxWIDTH"]), ("predict", [" RUN DIR", "--out DIR", "--at-once INT"]),
+    ("report", [" RUN [RUN ...]", "--data KIND:PATH", "--out FILE"]), ("info", [" [RUN]"]), ("compare", [" FILE", "--out DIR"]), ("data check", [" KIND:PATH", "--out DIR"]),
+    ("train pbal", ["--source KIND:PATH", "--out RUN", "--val KIND:PATH", "--weights FILE"]), ("train iapc", ["--start RUN"])])
+def test_help_says_what_a_value_is(capsys, words, shown):
+    with pytest.raises(SystemExit): main([*words.split(), "--help"])
+    said = capsys.readouterr().out
+    assert all(w in said for w in shown) and not re.search(r"\{None\}|\{,|\bSTR\b|\[\[| PATH\b", said), said
+
+
+@pytest.mark.parametrize("words, says", [
+    ("predict r photos --out FILE", "is a file; expected a folder"), ("train source-only --source x:y --out FILE", "is a file; expected a folder"), ("demo --out FILE", "is a file; expected a folder"),
+    ("data check x:y --out FILE", "is a file; expected a folder"), ("data fewshot x:y --shots 1 --out DIR", "is a folder; expected the name of a file"), ("prototypes r --target x:y --out DIR", "is a folder")])
+def test_a_file_where_a_folder_is_wanted_and_the_other_way_round(tmp_path, capsys, words, says):
+    (tmp_path / "file").write_text("")
+    there = dict(FILE=tmp_path / "file", DIR=tmp_path)
+    fails([there.get(w, w) for w in words.split()], capsys, "--out " + str(there[words.split()[-1]]), says)
+
+
+def test_a_folder_where_a_list_is_wanted(tmp_path, capsys):
+    fails(few(tmp_path / "x", "--few", tmp_path), capsys, f"--few {tmp_path}: is a folder; expected a text file")
 
 
 def test_the_console_script_has_exit_code_2_and_no_traceback(tmp_path):

@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 
-from protonb import trials
 from protonb.cli import main
 from protonb.compare import gathered, network_of
 from protonb.few_shot import draw_shots
@@ -168,6 +167,7 @@ def test_the_smoke_plan(tmp_path, capsys):
     assert [w for w in table[0].split() if w != "gap"] == ["entry", "labels", "mIoU", "chosen", "best", "s/step", "MB"] and len(table) == 3 + len(names)
     page = (tmp_path / "report.html").read_text()
     assert all(w in page for w in (*names, "Pictures", "Training", "Set-up", "window.flip_p")) and "nan" not in re.sub(r"base64,[^\"')]+", "", page.split("<body>")[1])
+    assert '(max-width: 720px)' in page and f"protonb compare {BENCHMARKS / 'smoke.toml'} --only" not in page and "--seeds 1" in page     # bars of their own for a phone
     assert len(checkpoints(tmp_path / "pbal_small/seed1/oracle")) == 2
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("compare.json")}
     assert main(words(BENCHMARKS / "smoke.toml", tmp_path, "--seeds", 1, "--only", "oracle")) == 0
@@ -248,15 +248,6 @@ def test_other_images_are_scored_anew_or_refused_wherever_they_lie(own, tmp_path
     assert code == 2 and re.search(r"config.source 'folder,split=train: 4 images, .* -> .* 5 images", err)
 
 
-def test_a_run_of_before_it_said_what_it_was_trained_on_goes_on(own, tmp_path, capsys, monkeypatch):
-    plan = own[1]
-    monkeypatch.chdir(tmp_path)
-    with monkeypatch.context() as m:
-        m.setattr(trials, "_about", lambda *_: {})
-        assert main(words(plan, tmp_path / "out", "--only", "start", "--root", "data")) == 0
-    assert main(words(plan, tmp_path / "out", "--root", "data", "--only", "IAPC")) == 0, capsys.readouterr().err
-
-
 def test_a_training_that_diverges_is_a_row(small, tmp_path, capsys):
     plan = small('[[entry]]\nname = "wild"\nmethod = "joint"\nlabels = "full"\nsettings = {lr = 1e9, optimizer = "sgd", warm = 0}\n')
     assert main(words(plan, tmp_path / "out", "--only", "wild")) == 2
@@ -329,3 +320,9 @@ def test_more_seeds_than_the_plan_has_folders_for(small, tmp_path, capsys):
 def test_a_plan_that_is_not_there(tmp_path, capsys):
     assert main(words(tmp_path / "gone.toml", tmp_path / "out")) == 2
     assert f"{tmp_path / 'gone.toml'}: cannot be read" in capsys.readouterr().err
+
+
+def test_a_file_where_the_runs_are_to_be(small, tmp_path, capsys):
+    assert main(words(small(), __file__)) == 2
+    said, err = capsys.readouterr()
+    assert f"--out {__file__}: is a file; expected a folder" in err and not said

@@ -212,7 +212,7 @@ def test_cityscapes(tmp_path):
     with pytest.raises(InputError, match='leftImg8bit/train: no such folder'): cityscapes(tmp_path)
     p = tmp_path/'gtFine/val/ulm/ulm_000001_000019_gtFine_labelIds.png'
     save(p, np.full((3, 4), 7, np.uint8))
-    with pytest.raises(InputError, match=r'labelIds\.png: is 4x3, but its image .*leftImg8bit\.png is 8x6'): ds[2]
+    with pytest.raises(InputError, match=r'labelIds\.png: is 3x4 \(height x width\), but its image .*leftImg8bit\.png is 6x8'): ds[2]
     p.unlink()
     text = r'ulm_000001_000019_leftImg8bit\.png: has no label, expected .*ulm/ulm_000001_000019_gtFine_labelIds\.png'
     with pytest.raises(InputError, match=text): cityscapes(tmp_path, 'val')
@@ -267,7 +267,7 @@ def test_synthia_faults(rand_cityscapes):
     _rgb16_any(label, np.full((6, 8, 3), 23, np.uint16))
     with pytest.raises(InputError, match=r'0000001\.png: unknown label id 23 \(48 px\); known are 0\.\.22'): synthia(rand_cityscapes)[1]
     _rgb16_any(label, np.full((3, 4, 3), 3, np.uint16))
-    with pytest.raises(InputError, match=r'0000001\.png: is 4x3, but its image .* is 8x6'): synthia(rand_cityscapes)[1]
+    with pytest.raises(InputError, match=r'0000001\.png: is 3x4 \(height x width\), but its image .* is 6x8'): synthia(rand_cityscapes)[1]
     label.unlink()
     with pytest.raises(InputError, match=r'RGB/0000001\.png: has no label, expected .*GT/LABELS/0000001\.png'): synthia(rand_cityscapes)
     with pytest.raises(InputError, match='RGB: no such folder'): synthia(rand_cityscapes/'GT')

@@ -138,5 +138,5 @@ def test_report_has_it_unless_told_otherwise(tmp_path, capsys):
     for more, there in (([], True), (["--explore", "0"], False)):
         assert main(["report", run, "--data", data, "--images", "1", "--out", str(tmp_path/"page.html"), *more]) == 0
         text = (tmp_path/"page.html").read_text()
-        assert ('id="explorer-page"' in text) == there == ("mean features of the classes over 2 of these labelled images" in text)
+        assert ('id="explorer-page"' in text) == there == ('<div id="explorer-page"><p class="soft">Prototypes: the mean features of the classes in 2 of these labelled images.</p>' in text)
     assert main(["report", run, "--data", data, "--explore", "7"]) == 2 and "explore" in capsys.readouterr().err

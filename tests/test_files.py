@@ -281,7 +281,7 @@ def test_a_flipped_bit_is_found(tmp_path):
 def test_too_many_pixels(tmp_path, monkeypatch):
     p = save(tmp_path / "a.png", PHOTO)
     monkeypatch.setenv("PROTONB_MAX_PIXELS", "11")
-    for read in (read_image, lambda p: read_label(p, 0)): refused(lambda: read(p), "a.png: has 4x3 pixels, more than 11", "PROTONB_MAX_PIXELS")
+    for read in (read_image, lambda p: read_label(p, 0)): refused(lambda: read(p), "a.png: has 3x4 pixels (height x width), more than 11", "PROTONB_MAX_PIXELS")
     monkeypatch.setenv("PROTONB_MAX_PIXELS", "12")
     assert read_image(p).shape == (3, 4, 3)
     monkeypatch.setenv("PROTONB_MAX_PIXELS", "many")
@@ -530,7 +530,7 @@ def test_labelme(tmp_path):
     refused(lambda: labels_of(toml), "van is 'lorry'")
     refused(lambda: labels_of(outlined(tmp_path, "labelme", {"ann/a.json": labelme(dict(car, label="van"))})), "unknown class 'van'", "[names]")
     refused(lambda: labels_of(outlined(tmp_path, "labelme", {"ann/a.json": "{"})), "a.json: is no labelme file")
-    refused(lambda: labels_of(outlined(tmp_path, "labelme", {"ann/a.json": dict(labelme(car), imageHeight=5)})), "is 4x5, but its image")
+    refused(lambda: labels_of(outlined(tmp_path, "labelme", {"ann/a.json": dict(labelme(car), imageHeight=5)})), "is 5x4 (height x width), but its image")
     refused(lambda: folder(outlined(tmp_path, "labelmi", {})), "format is 'labelmi', expected one of: files, labelme")
 
 
@@ -539,7 +539,7 @@ def test_drawings_that_cannot_be(tmp_path):
     for d, words in ((dict(labelme(car), imageHeight=10**6, imageWidth=10**7), "PROTONB_MAX_PIXELS"),
             (labelme(dict(car, points=[[float("nan"), 1], [2, 2]])), "no pixel"), (labelme(dict(car, points=[[1, 1]])), "fewer than two points"),
             ([], "is no labelme file"), (labelme(dict(car, label=["car"])), "unknown class"),
-            (dict(labelme(car), imageWidth=-4), "a photo of -4x3 pixels"), (labelme(dict(car, shape_type="rectangle", points=[[1, 1]])), "two points"),
+            (dict(labelme(car), imageWidth=-4), "a photo of 3x-4 pixels"), (labelme(dict(car, shape_type="rectangle", points=[[1, 1]])), "two points"),
             (labelme(dict(car, shape_type="rectangle", points=[[0, float("nan")], [1, 1]])), "no pixel"),
             (labelme(dict(car, shape_type="circle", points=[[0, 0], [float("inf"), 1]])), "no pixel"),
             (labelme(dict(car, shape_type="mask", points=[[0, 0], [1, 1]], mask="AAAA")), "a mask is no picture")):
@@ -1140,4 +1140,4 @@ def test_a_name_that_the_terminal_cannot_write(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stdout", terminal)
     assert main(["data", "check", f"folder:{describe(tmp_path, '')}"]) == 2
     terminal.flush()
-    assert b"lab/\\U0001f697.png: is 4x2" in terminal.buffer.getvalue()
+    assert b"lab/\\U0001f697.png: is 2x4 (height x width)" in terminal.buffer.getvalue()

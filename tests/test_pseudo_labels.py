@@ -412,7 +412,7 @@ def test_faults_of_reading(tmp_path):
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(paths[1][0])
     Image.fromarray(np.full((20, 33), 3, np.uint8)).save(paths[2][0])
     Image.fromarray(np.full((20, 33), 255, np.uint8)).save(paths[3][1])
-    for i, what in enumerate(('0.png: is damaged', '1.png: is 9x9, but its image is 33x20', '2.png: holds the id 3', '3_confidence.png: holds the value 255')):
+    for i, what in enumerate(('0.png: is damaged', r'1.png: is 9x9 \(height x width\), but its image is 20x33', '2.png: holds the id 3', '3_confidence.png: holds the value 255')):
         with pytest.raises(InputError, match=what): HardLabels(ds, tmp_path, .5)[i]
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(paths[3][1])
     with pytest.raises(InputError, match='3_confidence.png: is 9x9'): HardLabels(ds, tmp_path, .5)[3]

@@ -95,7 +95,8 @@ def test_a_hundred_wrong_values(tmp_path, monkeypatch, capsys):
     ("train iapc --start s --target T --out r --recipe released --crop-height 600", "--crop-height is 600, --base-height is 640"),
     ("train dip --source S --target T --out r --scale-low 3", "--scale-low is 3.0, --scale-high is 1.1"),
     ("train pixda --source S --target T --out r --base-height 0 --base-width 0 --building 255", "--building is 255"),
-    ("train proda --source S --target T --out r --hyper.warm-up.betas .9", "--hyper.warm-up.betas"), ("report --data x", "runs is ()")])
+    ("train proda --source S --target T --out r --hyper.warm-up.betas .9", "--hyper.warm-up.betas"), ("report --data x", "report: no run is named; expected 1 to 64 run folders"),
+    ("validate --data x", "validate: no run is named")])
 def test_contradictions_and_missing_values(words, option, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     refused(words.replace(" S ", f" {S} ").replace(" T ", f" {T} ").split(), option, capsys)

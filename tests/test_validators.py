@@ -215,7 +215,8 @@ def test_images_without_labels(home, capsys, tmp_path):
 
 def test_bad_input_is_one_line(home, capsys, tmp_path):
     fails(['validate', home/'none', *DATA], capsys, home/'none', 'no such run folder')
-    fails(['validate', home, *DATA], capsys, 'not a run folder')
+    fails(['validate', tmp_path, *DATA], capsys, tmp_path, 'not a run folder and holds none')
+    fails(['validate', home, home/'plain', *DATA], capsys, 'named twice')
     fails(['validate', home/'plain', home/'plain', *DATA], capsys, 'named twice')
     fails(['validate', home/'plain', *DATA, '--by', 'teacher'], capsys, '--by teacher', 'no checkpoint holds a second network')
     fails(['validate', home/'plain', *DATA, '--by', 'luck'], capsys, 'luck')

@@ -505,7 +505,7 @@ def test_points_of_another_shape_or_larger_than_the_image(city):
     for size in ((48, 95), (192, 384), (96, 96)):
         bad = {k: Points(size, p.rows[:1]*0, p.cols[:1]*0, p.ids[:1]) for k, p in good.items()}
         ds = cityscapes_weak(city, 'point', points=write_points(city/'bad.yaml', bad))
-        with pytest.raises(InputError, match=f'bad.yaml: has points on {size[1]}x{size[0]}, but image .* is 192x96'): ds[0]
+        with pytest.raises(InputError, match=f'bad.yaml: has points on {size[0]}x{size[1]} \\(height x width\\), but image .* is 96x192'): ds[0]
     odd = {k: Points(p.size, p.rows, p.cols, p.ids*0 + 77) for k, p in good.items()}
     with pytest.raises(InputError, match='odd.yaml: aachen_000000_000019: unknown label id 77'):
         cityscapes_weak(city, 'point', points=write_points(city/'odd.yaml', odd))[0]
