@@ -136,7 +136,7 @@ def by_labels(
     "For each kind of label the best control and published method (one that ignores labels, where it is better), and MixTeacher."
     def best(mine): return max(mine, key=lambda r: r['mean'], default=None)
     def told(r, name=True): return '' if r is None else with_error(r) + f' ({r["entry"]})'*name
-    rows,body = [r for r in rows if r['mean'] is not None and r['entry'] not in ('start', 'oracle')],[]
+    rows,body = [r for r in rows if r['mean'] is not None and r['entry'] != 'oracle'],[]
     rank = lambda k: ('none', *KINDS).index(k) if k in ('none', *KINDS) else 1e9 if k == 'full' else 100+int(k.split('-')[0])
     for labels in sorted({r['labels'] for r in rows}, key=rank):
         mine = [r for r in rows if r['labels'] == labels]

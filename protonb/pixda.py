@@ -398,11 +398,12 @@ def train(
 
 # %% ../nbs/05_methods/07_pixda.ipynb #7c1f6f85
 def _fitted(s:Situation):
-    "A gentler selection, as the discriminator soon knows few images; the distillation as a quarter of the run."
+    "Plain cross-entropy on random windows; a gentler selection, as the discriminator soon knows few images; a quarter to distil."
     small = dict(disc_width=16, bn_group=None) if s.tiny else {}
-    window = replace(PIXDA_WINDOW, **dict(zip(('base_height', 'base_width'), size(s, 1024*512))))
+    high,wide = size(s, 1024*512)
+    window = replace(PIXDA_WINDOW, base_height=high, base_width=wide, high=1.3, crop_height=high, crop_width=wide, flip_p=.5, pad=True)
     return PixDA(lr=learning_rate(s, .02), threshold=.3, threshold_step=.05, head_factor=1., repeats='one', length=2*s.steps,
-                 kd_steps=part(s, .25), window=window, **small)
+                 kd_steps=part(s, .25), loss='ce', window=window, **small)
 
 METHOD = Method(
     'pixda', 'Adapt with PixDA and a few labelled target images.', PixDA, (('pixda', _both),), net='pixda_resnet101', target='few',
