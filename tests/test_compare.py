@@ -92,7 +92,7 @@ def test_the_plan_of_photographs(tmp_path, data):
     assert len({n.split("_")[0] for n in few.names}) == len(few) == len({n.split("_")[0] for n in bench.target.names})
 
 
-@pytest.mark.parametrize("name", ["parts", "pixda_parts"])
+@pytest.mark.parametrize("name", ["parts", "pixda_parts", "proda_parts"])
 def test_plans_that_take_a_method_apart(tmp_path, name):
     plan = read_plan(BENCHMARKS / f"{name}.toml", out=str(tmp_path))
     bench = open_plan(plan, tuning=True)
