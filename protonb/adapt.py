@@ -104,11 +104,11 @@ def known_of(o, space):
 
 # %% ../nbs/07_shell/03_adapt.ipynb #ad000016
 def val_of(o, space):
-    "Labelled target images to score on, or why there are none: a sentence."
-    if o.val: return opened(o, 'val', lambda spec: open_dataset(spec, 'val', space))
-    if 'val' not in splits_of(o.target): return 'no scores: --target has no split val; --val names labelled images'
-    try: return require_labels(probe(open_dataset(o.target, 'val', space)), f'the split val of {o.target}')
-    except InputError as e: return f'no scores: {e}'
+    "Labelled target images to score on, or None; and a sentence that says why."
+    if o.val: return opened(o, 'val', lambda spec: open_dataset(spec, 'val', space)),''
+    if 'val' not in splits_of(o.target): return None,'no scores: --target has no split val; --val names labelled images'
+    try: return require_labels(probe(open_dataset(o.target, 'val', space)), f'the split val of {o.target}'),''
+    except InputError as e: return None,f'no scores: {e}'
 
 # %% ../nbs/07_shell/03_adapt.ipynb #ad000017
 @dataclass
@@ -138,9 +138,8 @@ def open_domains(
     source = opened(o, 'source', lambda spec: open_dataset(spec, 'train', space)) if o.source else None
     space = space or source.space
     target = opened(o, 'target', lambda spec: open_dataset(spec, 'train', space, labelled=False), labelled=False)
-    known,val = known_of(o, space),val_of(o, space)
-    bare = val if isinstance(val, str) else ''
-    return Domains(source, target, known, None if bare else val, first, space, bare)
+    known,(val,bare) = known_of(o, space),val_of(o, space)
+    return Domains(source, target, known, val, first, space, bare)
 
 # %% ../nbs/07_shell/03_adapt.ipynb #ad000020
 class AtSize:

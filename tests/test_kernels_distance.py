@@ -208,7 +208,7 @@ def test_ties_go_to_the_lowest_index():
     assert (label == 0).all() and (score == -torch.inf).all()
 
 
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("metric", METRICS)
 def test_repeated_prototypes_share_one_candidate(metric):
     """Who takes part is what the reference says, for any K, shared prototypes and own ones; the winner never repeats an earlier row."""
     for K, C, own, each in ((7, 5, False, None), (19, 70, True, None), (19, 17, False, True), (40, 33, True, True), (150, 6, False, False)):
