@@ -273,6 +273,7 @@ class Compare:
     seeds:tuple[Seed, ...] = ()   # Only these seeds; those of the plan when left out
     tuning:bool = False     # Score on the plan's images for choosing settings
     root:Path|None = None   # What {root} in the plan stands for; its folder when left out
+    source:str = ''         # Source images instead of the plan's, kind:path
     out:Path|None = None    # Folder of all runs; that of the plan when left out
     images:Whole(0, 100) = 4    # Rows of pictures on the page
     device:Literal['auto', 'cpu', 'cuda'] = 'auto'  # Where to compute
@@ -283,6 +284,7 @@ def asked(
 )->tuple:        # Bench, all entries, those that are to be trained
     "The plan with its images, all of it looked into; nothing is written."
     plan = read_plan(o.plan, o.root, out=str(o.out) if o.out else None)
+    if o.source: plan.data.source = o.source
     plan.seeds = tuple(dict.fromkeys((*plan.seeds, *o.seeds)))
     if len(plan.seeds) > 1 and '{seed}' not in plan.folder:
         raise InputError(f'--seeds: {o.plan} has one folder for all, {plan.folder!r}; expected one with {{seed}}')

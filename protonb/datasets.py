@@ -727,7 +727,7 @@ def _form(v):
 _OPTIONS = dict(size=_size, cache=_flag, bonnet=_flag, lane_is_road=_flag, only_labelled=_flag, count=_whole, seed=_whole, split=str,
     condition=str, labels=_form)
 _KINDS = dict(gta5=(), cityscapes=('split', 'labels'), camvid=('split',), carla=('bonnet',), folder=('split',), images=(),
-    streets=('split', 'count', 'seed'), synthia=('lane_is_road',), carlascapes=(), bdd100k=('split',), vistas=('split',),
+    streets=('split', 'seed'), synthia=('lane_is_road',), carlascapes=(), bdd100k=('split',), vistas=('split',),
     acdc=('split', 'condition'), dark_zurich=('split', 'condition'), idd=('split',))
 
 # %% ../nbs/01_data/03_datasets.ipynb #dc000030
@@ -760,7 +760,7 @@ def _parse(spec):
 # %% ../nbs/01_data/03_datasets.ipynb #5c9a72a4
 def _values(spec, kind, pairs):
     "Options as values of their type."
-    out, known = {}, (*_KINDS[kind], *(() if kind in ('images', 'streets') else ('only_labelled',)), 'size', 'cache')
+    out, known = {}, (*_KINDS[kind], *(() if kind in ('images', 'streets') else ('only_labelled',)), 'size', 'cache', 'count')
     for k, v in pairs:
         if k not in known: raise InputError(f'data set {spec!r}: {kind} has no option {k!r}, expected one of: {", ".join(known)}')
         if k in out: raise InputError(f'data set {spec!r}: {k} is said twice, expected it once')
@@ -809,14 +809,24 @@ def open_dataset(
     if size: ds = resized(ds, size)
     return Cached(ds) if cache else ds
 
-def _opened(kind, path, split, space, labelled, bonnet=True, lane_is_road=True, labels='fine', **opt):
+# %% ../nbs/01_data/03_datasets.ipynb #dc000032
+def _opened(kind, path, split, space, labelled, count=None, **opt):
     "A data set from files, without the wrappers."
-    path = spelt(path)
+    ds = _read(kind, spelt(path), split, space, labelled, **opt)
+    return ds if count is None else _first(ds, count, f'{kind}:{path}')
+
+def _read(kind, path, split, space, labelled, bonnet=True, lane_is_road=True, labels='fine', **opt):
     if kind == 'images': return images(path, **(dict(space=space) if space else {}))
     if kind == 'folder': return folder(path, split, space, labelled, **opt)
     kind += {(False, 'fine'): '_no_lanes', (True, 'coarse'): '_coarse'}.get((lane_is_road, labels), '')
     ds = published(kind, path, split, space, labelled, **opt)
     if not bonnet: ds.mask = None
+    return ds
+
+def _first(ds, count, called):
+    if not 1 <= count <= len(ds): raise InputError(f'{called}: count is {count}, expected 1 to {len(ds)}, as many images as there are')
+    ds.image_paths, ds.names = ds.image_paths[:count], ds.names[:count]
+    if ds.label_paths is not None: ds.label_paths = ds.label_paths[:count]
     return ds
 
 # %% ../nbs/01_data/03_datasets.ipynb #dc000014
@@ -828,7 +838,7 @@ def splits_of(
     if 'split' in opt: return [opt['split']]
     if kind == 'folder': return list(_described(os.path.expanduser(path))[1]['images'])
     if 'split' not in _KINDS[kind] or kind == 'streets': return ['train', 'val'][:1 + (kind == 'streets')]
-    there, opt = {}, {k: v for k, v in opt.items() if k not in ('size', 'cache')}
+    there, opt = {}, {k: v for k, v in opt.items() if k not in ('size', 'cache', 'count')}
     more = ('train_extra',) if opt.get('labels') == 'coarse' else ()      # Cityscapes: only coarse labels exist for these
     for split in ('train', *more, 'val', 'test'):
         with collecting(), suppress(InputError):

@@ -129,11 +129,12 @@ def given_rightly(
     for path,name,kind in options:
         part = reduce(lambda part,field: getattr(part, field, None), path[:-1], made)
         if not hasattr(part, path[-1]): continue
-        value,about = getattr(part, path[-1]),about_field(type(part), next(f for f in fields(part) if f.name == path[-1]))
-        word,option,several = usage_word(kind, about) or '',name.startswith('--'),isinstance(value, (list, tuple))
+        value,field = getattr(part, path[-1]),next(f for f in fields(part) if f.name == path[-1])
+        about,option,several = about_field(type(part), field),name.startswith('--'),isinstance(value, (list, tuple))
+        word,free = usage_word(kind, about) or '',option and (field.default is not MISSING or field.default_factory is not MISSING)
         odd = ('',) if '.' in words else ('', Path())
         if name in bare or '' in words and (several or not option) and any(v in odd for v in (value if several else [value])):
-            raise InputError(f'{name} is empty; expected {word}' + f', or no {name}'*option)
+            raise InputError(f'{name} is empty; expected {word}' + f', or no {name}'*free)
         if several and not value and not option:
             one,many = word.split()[0].lower(),f'{expected(kind).split(" values")[0]} {about.split(";")[0].lower()}'
             raise InputError(f'{type(part).__name__.lower()}: no {one} is named; expected {many}')

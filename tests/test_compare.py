@@ -1,5 +1,6 @@
 """`protonb compare`: the trainings and numbers that its plan names, resumed, shared, and every mistake in a plan one line."""
 import csv
+import json
 import re
 import signal
 import subprocess
@@ -98,10 +99,10 @@ def test_plans_that_take_a_method_apart(tmp_path, name):
     bench = open_plan(plan, tuning=True)
     of = [(e, flat(recipe(bench, e, "pbal_small"))) for e in plan.entry]
     for e, cfg in of:
-        whole = next(whole for first, whole in of if first.labels == e.labels and not first.settings)
+        whole = next(whole for first, whole in of if (first.method, first.labels) == (e.method, e.labels) and not first.settings)
         changed = {k for k in cfg if cfg[k] != whole[k]}
         assert changed <= set(e.settings) and bool(changed) == bool(e.settings), (e.name, changed)         # a part is none that the recipe has already
-    assert len({(e.labels, str(sorted(cfg.items()))) for e, cfg in of}) == len(of)
+    assert len({(e.method, e.labels, str(sorted(cfg.items()))) for e, cfg in of}) == len(of)
 
 
 def test_longer_runs_go_on_from_the_starts_of_photographs():
@@ -247,6 +248,14 @@ def test_other_images_are_scored_anew_or_refused_wherever_they_lie(own, tmp_path
     draw("game", 5)
     code, _, err = run()
     assert code == 2 and re.search(r"config.source 'folder,split=train: 4 images, .* -> .* 5 images", err)
+    fewer = f"folder:{tmp_path}/data/game.toml,split=train,count=4"                       # count is said, so it is another configuration
+    code, _, err = run("--source", fewer)
+    assert code == 2 and re.search(r"config.source 'folder,split=train: 4 images, names (\w+)' -> 'folder,split=train,count=4: 4 images, names \1'", err)
+    assert run("--source", fewer, "--out", tmp_path / "fewer")[0] == 0
+    config = json.loads((tmp_path / "fewer/seed0/start/config.json").read_text())
+    assert "count=4: 4 images" in str(config)
+    code, _, err = run("--source", fewer.replace("=4", "=6"), "--out", tmp_path / "none")
+    assert code == 2 and "count is 6, expected 1 to 5" in err and len(err.strip().splitlines()) == 1 and not (tmp_path / "none").exists()
 
 
 def test_a_training_that_diverges_is_a_row(small, tmp_path, capsys):

@@ -16,6 +16,7 @@ from PIL import Image
 from protonb.annotations import read_classes
 from protonb.cli import find_images, main
 from protonb.core import InputError
+from protonb.data_tools import check_data
 from protonb.datasets import folder, images, open_dataset, published, require_labels, splits_of, take
 from protonb.evaluation import evaluate
 from protonb.files import files_below, image_size, list_files, read_image, read_label, read_list
@@ -483,6 +484,23 @@ def test_only_the_labelled(tmp_path):
     assert open_dataset(f"folder:{toml},only_labelled=true").names == ["1"] == folder(toml, only_labelled=True).names
     os.rename(tmp_path / "labels/1.png", tmp_path / "labels/9.png")
     refused(lambda: folder(toml, only_labelled=True), "none of 3 images has a label")
+
+
+def test_the_first_so_many(tmp_path):
+    for i in range(4):
+        save(tmp_path / f"images/{i}.png", PHOTO)
+        save(tmp_path / f"labels/{i}.png", np.full((3, 4), 7 + i, np.uint8))
+    whole = open_dataset(f"gta5:{tmp_path}")
+    ds = open_dataset(f"gta5:{tmp_path},count=2,cache=true,size=6x8")
+    assert len(ds) == 2 and ds.names == whole.names[:2] and ds[1][1].shape == (6, 8) and ds[1][1].unique().equal(whole[1][1].unique())
+    assert [len(s.looked) for s in check_data(f"gta5:{tmp_path},count=3", quiet=True).splits] == [3]
+    toml = describe(tmp_path, "", images="images", labels="labels", classes={str(i): (i, 0, 0) for i in range(16)})
+    assert open_dataset(f"folder:{toml},count=1").names == ["0"]
+    assert open_dataset(f"images:{tmp_path}/images,count=3").names == ["0", "1", "2"]
+    with pytest.raises(IndexError): open_dataset(f"gta5:{tmp_path},count=2")[2]
+    for n in (0, 5): refused(lambda: open_dataset(f"gta5:{tmp_path},count={n}"), f"gta5:{tmp_path}: count is {n}, expected 1 to 4")
+    (tmp_path / "labels/0.png").unlink()
+    assert open_dataset(f"gta5:{tmp_path},only_labelled=true,count=1").names == ["1"]           # of those that are left
 
 
 # ---- outlines
