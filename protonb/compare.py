@@ -283,8 +283,7 @@ def asked(
     o:Compare,   # Options
 )->tuple:        # Bench, all entries, those that are to be trained
     "The plan with its images, all of it looked into; nothing is written."
-    plan = read_plan(o.plan, o.root, out=str(o.out) if o.out else None)
-    if o.source: plan.data.source = o.source
+    plan = read_plan(o.plan, o.root, o.source, out=str(o.out) if o.out else None)
     plan.seeds = tuple(dict.fromkeys((*plan.seeds, *o.seeds)))
     if len(plan.seeds) > 1 and '{seed}' not in plan.folder:
         raise InputError(f'--seeds: {o.plan} has one folder for all, {plan.folder!r}; expected one with {{seed}}')

@@ -123,17 +123,22 @@ def with_root(
     if isinstance(value, list): return [with_root(v, root) for v in value]
     return {k: with_root(v, root) for k,v in value.items()} if isinstance(value, dict) else value
 
+def _told(path, root, source):
+    try: told = tomllib.loads(read_text(path, 'the TOML file of a plan'))
+    except tomllib.TOMLDecodeError as e: raise InputError(f'{path}: is not valid TOML: {e}') from None
+    if source and isinstance(told.get('data'), dict): told['data']['source'] = source
+    return with_root(told, root)
+
 # %% ../nbs/07_shell/04a_plans.ipynb #pn000018
 def read_plan(
     path,        # TOML file
     root=None,   # What {root} in it stands for; the folder of the file when left out
+    source='',   # Source images instead of the file's
     **changes,   # Fields of `Plan` instead of the file's, where they are not None
 )->Plan:
     "A plan from a file, checked as a whole."
     path = Path(path)
-    try: told = tomllib.loads(read_text(path, 'the TOML file of a plan'))
-    except tomllib.TOMLDecodeError as e: raise InputError(f'{path}: is not valid TOML: {e}') from None
-    told = with_root(told, root or path.parent)
+    told = _told(path, root or path.parent, source)
     entries = told.pop('entry', [])
     for k,cls in dict(data=PlanData, run=PlanRun).items():
         if k in told: told[k] = filled(cls, told[k], f'{path}: [{k}]')

@@ -248,7 +248,7 @@ def test_other_images_are_scored_anew_or_refused_wherever_they_lie(own, tmp_path
     draw("game", 5)
     code, _, err = run()
     assert code == 2 and re.search(r"config.source 'folder,split=train: 4 images, .* -> .* 5 images", err)
-    fewer = f"folder:{tmp_path}/data/game.toml,split=train,count=4"                       # count is said, so it is another configuration
+    fewer = "folder:{root}/game.toml,split=train,count=4"                       # count is said, so it is another configuration
     code, _, err = run("--source", fewer)
     assert code == 2 and re.search(r"config.source 'folder,split=train: 4 images, names (\w+)' -> 'folder,split=train,count=4: 4 images, names \1'", err)
     assert run("--source", fewer, "--out", tmp_path / "fewer")[0] == 0
