@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-browser lab site readme export bench bench-gpu table-streets table-photographs clean
+.PHONY: help venv demo test test-browser lab site readme export bench bench-gpu table-streets table-photographs table-frames clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -59,9 +59,17 @@ table-streets: $(STAMP)  ## benchmarks/streets.csv: every method on drawn street
 	$(BIN)/protonb compare benchmarks/streets.toml --jobs 2
 	cp runs/streets/results.csv benchmarks/streets.csv
 
-table-photographs: $(STAMP)  ## benchmarks/photographs.csv: the same on CARLA -> CamVid, DATA=folder (four hours)
+table-photographs: $(STAMP)  ## benchmarks/photographs.csv and longer.csv: the same on CARLA -> CamVid, DATA=folder (six hours)
 	$(BIN)/protonb compare benchmarks/photographs.toml --root "$(DATA)" --jobs 2
 	cp runs/photographs/results.csv benchmarks/photographs.csv
+	$(BIN)/protonb compare benchmarks/longer.toml --root "$(DATA)" --jobs 2 --out runs/photographs
+	cp runs/photographs/results.csv benchmarks/longer.csv
+
+table-frames: $(STAMP)  ## benchmarks/frames.csv: the same with 13 and 27 of CARLA's frames, no labels, DATA=folder (an hour and a half)
+	for n in 13 27; do $(BIN)/protonb compare benchmarks/photographs.toml --root "$(DATA)" --jobs 2 --out runs/frames$$n \
+	  --source "carla:{root}/carla,size=273x361,cache=true,count=$$n" --only start source_only "mixteacher none" || exit; done
+	head -n 1 runs/frames13/results.csv > benchmarks/frames.csv
+	for n in 13 27; do tail -n +2 runs/frames$$n/results.csv | sed "s/$$/$$n source images/"; done >> benchmarks/frames.csv
 
 clean:  ## remove caches and the demo's output, keep .venv
 	rm -rf demo site _docs build dist *.egg-info .pytest_cache _proc

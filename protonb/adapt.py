@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import ConcatDataset
 from . import methods
 from .core import InputError, atomic_path
-from .datasets import Cached, Part, open_dataset, require_labels, splits_of, take, with_split
+from .datasets import Cached, Part, open_dataset, require_labels, splits_of, take, with_split, without
 from .evaluation import compare_table, predict_files
 from .feeding import Feed, TestTime
 from .few_shot import few_shot
@@ -107,7 +107,8 @@ def val_of(o, space):
     "Labelled target images to score on, or None; and a sentence that says why."
     if o.val: return opened(o, 'val', lambda spec: open_dataset(spec, 'val', space)),''
     if 'val' not in splits_of(o.target): return None,'no scores: --target has no split val; --val names labelled images'
-    try: return require_labels(probe(open_dataset(o.target, 'val', space)), f'the split val of {o.target}'),''
+    spec = o.target if o.target.startswith('streets:') else without(o.target, 'count')      # so many to train on, all to score on
+    try: return require_labels(probe(open_dataset(spec, 'val', space)), f'the split val of {spec}'),''
     except InputError as e: return None,f'no scores: {e}'
 
 # %% ../nbs/07_shell/03_adapt.ipynb #ad000017

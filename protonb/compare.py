@@ -283,6 +283,7 @@ def asked(
     o:Compare,   # Options
 )->tuple:        # Bench, all entries, those that are to be trained
     "The plan with its images, all of it looked into; nothing is written."
+    if o.source and not o.out: raise InputError(f'--source {o.source}: needs a folder of its own for its runs; expected --out DIR as well')
     plan = read_plan(o.plan, o.root, o.source, out=str(o.out) if o.out else None)
     plan.seeds = tuple(dict.fromkeys((*plan.seeds, *o.seeds)))
     if len(plan.seeds) > 1 and '{seed}' not in plan.folder:

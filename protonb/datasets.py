@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PairFolder', 'examine', 'published', 'gta5', 'cityscapes', 'synthia', 'camvid', 'carla', 'folder', 'chosen', 'images',
-           'require_labels', 'Part', 'take', 'Resized', 'resized', 'Cached', 'spec_parts', 'with_split', 'Mapped',
-           'open_dataset', 'splits_of']
+           'require_labels', 'Part', 'take', 'Resized', 'resized', 'Cached', 'spec_parts', 'without', 'with_split',
+           'Mapped', 'open_dataset', 'splits_of']
 
 # %% ../nbs/01_data/03_datasets.ipynb #5d4c5314
 import os, re, tomllib
@@ -739,6 +739,14 @@ def spec_parts(
     path, *options = re.split(r',(?=\w+=)', rest)
     return kind, path, options
 
+def without(
+    spec:str,  # 'kind:path[,key=value...]'
+    *keys,     # Names of options
+)->str:        # The same text without them
+    "A text for a data set that leaves options out."
+    kind, path, options = spec_parts(spec)
+    return ','.join([f'{kind}:{path}', *(o for o in options if o.split('=')[0] not in keys)])
+
 def with_split(
     spec:str,  # 'kind:path[,key=value...]'
     split:str, # Split that it is opened with
@@ -812,8 +820,11 @@ def open_dataset(
 # %% ../nbs/01_data/03_datasets.ipynb #dc000032
 def _opened(kind, path, split, space, labelled, count=None, **opt):
     "A data set from files, without the wrappers."
-    ds = _read(kind, spelt(path), split, space, labelled, **opt)
-    return ds if count is None else _first(ds, count, f'{kind}:{path}')
+    if count == 0: raise InputError(f'{kind}:{path}: count is 0, expected at least 1')
+    choose = count and opt.get('only_labelled', False)      # the first that have a label are the same where none is opened
+    ds = _read(kind, spelt(path), split, space, labelled or choose, **opt)
+    if choose and not labelled: ds.label_paths = None
+    return _first(ds, count)
 
 def _read(kind, path, split, space, labelled, bonnet=True, lane_is_road=True, labels='fine', **opt):
     if kind == 'images': return images(path, **(dict(space=space) if space else {}))
@@ -823,8 +834,7 @@ def _read(kind, path, split, space, labelled, bonnet=True, lane_is_road=True, la
     if not bonnet: ds.mask = None
     return ds
 
-def _first(ds, count, called):
-    if not 1 <= count <= len(ds): raise InputError(f'{called}: count is {count}, expected 1 to {len(ds)}, as many images as there are')
+def _first(ds, count):
     ds.image_paths, ds.names = ds.image_paths[:count], ds.names[:count]
     if ds.label_paths is not None: ds.label_paths = ds.label_paths[:count]
     return ds

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import numpy as np
 from tyro.conf import OmitArgPrefixes, arg
 from .core import InputError
-from .datasets import open_dataset, require_labels, take
+from .datasets import open_dataset, require_labels, spec_parts, take
 from .dip import LISTS, RAW_ONE, RETRY, keep_raw, named_support, released
 from .few_shot import draw_shots, few_shot, group_of, pixda_list
 from .files import read_list
@@ -94,10 +94,11 @@ def choose_support(
 
 # %% ../nbs/07_shell/01a_options.ipynb #ba13b6ed
 def _weak(o, space):
-    (kind,_,path),labels = o.target.partition(':'),o.hyper.labels
+    (kind,path,more),labels = spec_parts(o.target),o.hyper.labels
     if o.data.points and (kind != 'cityscapes' or o.data.weak == 'fine'):
         raise InputError(f'--points {o.data.points}: expected a target cityscapes:DIR and --weak files')
     if o.data.weak == 'files' and kind == 'cityscapes':
+        if more: raise InputError(f'{o.target}: {more[0]} cannot be had with files of weak labels; expected cityscapes:DIR, or --weak fine')
         return cityscapes_weak(os.path.expanduser(path), labels, space=space, points=o.data.points)
     data = open_dataset(o.target, 'train', space)
     return _as_weak(data, labels) if o.data.weak == 'files' else WeakLabels(data, labels, o.train.seed)

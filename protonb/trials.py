@@ -167,10 +167,13 @@ def home_of(
 
 # %% ../nbs/07_shell/04b_trials.ipynb #cp00019b
 def _images_told(spec, ds):
-    "What a run may not find changed: kind, options and names of its images, wherever they lie."
-    names = hashlib.sha256('\n'.join(map(str, ds.names)).encode(errors='surrogateescape')).hexdigest()[:8]
+    "What a run may not find changed: kind, options, names and sizes in bytes of its images, wherever they lie."
+    base = ds
+    while hasattr(base, 'dataset'): base = base.dataset
+    told = [*map(str, ds.names), *(str(os.path.getsize(p)) for p in getattr(base, 'image_paths', ()))]
+    names = hashlib.sha256('\n'.join(told).encode(errors='surrogateescape')).hexdigest()[:8]
     kind,_,options = spec_parts(spec)
-    return f'{",".join([kind, *options])}: {len(ds)} images, names {names}'
+    return f'{",".join([kind, *options])}: {len(ds)} images, names and sizes {names}'
 
 def _weights_told(path):
     "Name and content of a file of weights; the name alone of what is none."

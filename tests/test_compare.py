@@ -250,12 +250,16 @@ def test_other_images_are_scored_anew_or_refused_wherever_they_lie(own, tmp_path
     assert code == 2 and re.search(r"config.source 'folder,split=train: 4 images, .* -> .* 5 images", err)
     fewer = "folder:{root}/game.toml,split=train,count=4"                       # count is said, so it is another configuration
     code, _, err = run("--source", fewer)
-    assert code == 2 and re.search(r"config.source 'folder,split=train: 4 images, names (\w+)' -> 'folder,split=train,count=4: 4 images, names \1'", err)
+    assert code == 2 and re.search(r"config.source 'folder,split=train: 4 images, names and sizes \w+' -> 'folder,split=train,count=4: 4 images, names and sizes ", err)
     assert run("--source", fewer, "--out", tmp_path / "fewer")[0] == 0
     config = json.loads((tmp_path / "fewer/seed0/start/config.json").read_text())
     assert "count=4: 4 images" in str(config)
-    code, _, err = run("--source", fewer.replace("=4", "=6"), "--out", tmp_path / "none")
-    assert code == 2 and "count is 6, expected 1 to 5" in err and len(err.strip().splitlines()) == 1 and not (tmp_path / "none").exists()
+    code, _, err = run("--source", fewer.replace("=4", "=0"), "--out", tmp_path / "none")
+    assert code == 2 and "count is 0, expected at least 1" in err and len(err.strip().splitlines()) == 1 and not (tmp_path / "none").exists()
+    draw("game", 5, 9)
+    code, _, err = run("--source", fewer, "--out", tmp_path / "fewer")                     # the same names, other pictures
+    assert code == 2 and "config.source 'folder,split=train,count=4: 4 images, names and sizes" in err
+    assert main(["compare", str(plan), "--source", fewer]) == 2 and "expected --out DIR as well" in capsys.readouterr().err
 
 
 def test_a_training_that_diverges_is_a_row(small, tmp_path, capsys):
