@@ -98,7 +98,7 @@ def _weak(o, space):
     if o.data.points and (kind != 'cityscapes' or o.data.weak == 'fine'):
         raise InputError(f'--points {o.data.points}: expected a target cityscapes:DIR and --weak files')
     if o.data.weak == 'files' and kind == 'cityscapes':
-        if more: raise InputError(f'{o.target}: {more[0]} cannot be had with files of weak labels; expected cityscapes:DIR, or --weak fine')
+        if more: raise InputError(f'{more[0]}: cannot be had with files of weak labels; expected cityscapes:DIR alone')
         return cityscapes_weak(os.path.expanduser(path), labels, space=space, points=o.data.points)
     data = open_dataset(o.target, 'train', space)
     return _as_weak(data, labels) if o.data.weak == 'files' else WeakLabels(data, labels, o.train.seed)

@@ -67,6 +67,12 @@ def whole(town):
     return out
 
 
+def test_a_count_of_the_target_is_of_its_training_images(town):
+    o = A.Adapt(target=f"{town['target']},count=1", source=town["source"], out=Path("unused"), size="30x45")
+    d = A.open_domains(o)
+    assert len(d.target) == 1 and len(d.val) == 2 and not d.bare
+
+
 def weights(out):
     return {p.relative_to(out).as_posix(): load_file(p) for p in sorted(out.glob("*/checkpoints/*/*.safetensors"))}
 
@@ -231,7 +237,8 @@ def test_source_free_without_any_label(town, whole, monkeypatch, capsys):
     (["--source", "images:."], "--source images:."), (["--target", "folder:gone.toml"], "--target folder:gone.toml"), (["--source", ""], "--source"),
     (["--few", "../train"], "--few ../train: is a folder; expected kind:path, or a text file"), (["--out", __file__], f"--out {__file__}: is a file; expected a folder"),
     *(([f"--{k}", ""], f"--{k} is empty; expected KIND:PATH, or no --{k}") for k in ("few", "weak", "val")), (["--start="], "--start is empty; expected RUN, or no --start"),
-    (["--weak", "images:gone", "--labels", "point"], "--weak images:gone"), (["--few", __file__], f"--few {__file__}: the data set of 5 images"), (["--classes", "none"], "--classes")])
+    (["--weak", "images:gone", "--labels", "point"], "--weak images:gone"),
+    (["--weak", "cityscapes:a,b,count=3", "--labels", "coarse"], "--weak cityscapes:a,b,count=3: count=3: cannot be had with files of weak labels"), (["--few", __file__], f"--few {__file__}: the data set of 5 images"), (["--classes", "none"], "--classes")])
 def test_a_mistake_is_one_line_before_anything_is_written(town, tmp_path, monkeypatch, capsys, more, says):
     monkeypatch.chdir(town["root"] / "game" / "images" / "train")
     assert run(town, tmp_path / "out", *more) == 2

@@ -181,6 +181,9 @@ def test_masks_of_two_splits_in_one_folder_are_not_alone(town):
     assert not check_data(f"folder:{town}/town.toml", quiet=True).faults
     named = check_data(f"folder:{town}/town.toml,split=val", quiet=True)
     assert [s.name for s in named.splits] == ["val"] and not named.faults
+    for more in ("", ",split=train"):                                   # nor are those of images that a count leaves out
+        fewer = check_data(f"folder:{town}/town.toml,count=3{more}", quiet=True)
+        assert [len(s.looked) for s in fewer.splits] == [3]*(1 + (not more)) and not fewer.faults
 
 
 def test_a_split_without_labels_is_no_fault_and_all_ignore_is(town):
@@ -237,6 +240,8 @@ def test_a_data_set_that_cannot_be_opened_is_one_line(tmp_path, capsys):
     assert main(["data", "check", f"gta5:{tmp_path}/nowhere"]) == 2
     assert "split cannot be opened" in capsys.readouterr().out
     assert main(["data", "stats", f"gta5:{tmp_path}/nowhere"]) == 2
+    assert main(["data", "stats", "streets:real,count=2,split=test"]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("protonb: streets:real: has no split 'test'")
     assert main(["data", "check", f"folder:{tmp_path}/nowhere.toml"]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()[-1:]) == 1
 
