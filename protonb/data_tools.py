@@ -23,7 +23,7 @@ from tyro.conf import OmitSubcommandPrefixes, Positional, subcommand
 
 # %% ../nbs/07_shell/01c_data.ipynb #dd000005
 from .core import InputError, atomic_path, rng_for
-from .datasets import PairFolder, examine, open_dataset, require_labels, splits_of, without
+from .datasets import PairFolder, examine, innermost, open_dataset, require_labels, splits_of, without
 from .evaluation import _align, label_ids, palette_png
 from .few_shot import draw_shots
 from .files import collecting, normal
@@ -61,8 +61,7 @@ def _written(raw, colours):
 # %% ../nbs/07_shell/01c_data.ipynb #dd000013
 def _bare(dataset):
     "The files behind what a text has opened, or the data set itself."
-    inner = dataset
-    while hasattr(inner, 'dataset'): inner = inner.dataset
+    inner = innermost(dataset)
     return inner if isinstance(inner, PairFolder) else dataset
 
 def look_at(
@@ -197,7 +196,7 @@ def _opened(spec, split):
 
 def _lone(spec, opened):
     "Faults of pairing; a label that another split uses is not alone, though the other may not be asked for."
-    whole, told = spec if spec.startswith('streets:') else without(spec, 'split', 'count'), {}
+    whole, told = without(spec, 'split', 'count'), {}
     more = whole != spec and any(kind == 'label without image' for _, faults in opened.values() for kind, *_ in faults)
     every = [ds for ds, _ in opened.values()] + [_opened(whole, s)[0] for s in (splits_of(whole) if more else ())]
     used = {str(p) for ds in every if isinstance(ds, PairFolder) for p in ds.label_paths or ()}
@@ -375,7 +374,7 @@ class Stats:
 def stats(o:Stats):  # The options
     "protonb data stats"
     c = check_data(o.spec)
-    if not c.splits: raise InputError((c.faults[0].message if c.faults else ' '.join(c.notes)))
+    if not c.splits: raise InputError(c.faults[0].message if c.faults else ' '.join(c.notes))
     print(json.dumps({k: v for k, v in check_dict(c).items() if k != 'faults'}, ensure_ascii=False) if o.json else check_table(c))
     left = {f.file for f in c.faults if f.kind in ('unreadable image', 'unreadable label', 'unknown id', 'sizes differ')}
     if left and not o.json: print(f'{len(left)} files left out; `protonb data check {o.spec}` names them')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PairFolder', 'examine', 'published', 'gta5', 'cityscapes', 'synthia', 'camvid', 'carla', 'folder', 'chosen', 'images',
-           'require_labels', 'Part', 'take', 'Resized', 'resized', 'Cached', 'spec_parts', 'without', 'with_split',
-           'Mapped', 'open_dataset', 'splits_of']
+           'innermost', 'require_labels', 'Part', 'take', 'Resized', 'resized', 'Cached', 'spec_parts', 'without',
+           'with_split', 'Mapped', 'open_dataset', 'splits_of']
 
 # %% ../nbs/01_data/03_datasets.ipynb #5d4c5314
 import os, re, tomllib
@@ -619,15 +619,21 @@ def images(
     found = list_files(root, PICTURES, 'images')
     return PairFolder(*_paired(found, None, root, None), None, space)
 
+# %% ../nbs/01_data/03_datasets.ipynb #dc000033
+def innermost(
+    dataset,  # Any data set of this notebook's protocol, in whatever wrappers
+):            # The one behind all of them
+    "What reads the files: `dataset` of `dataset`, as long as there is one."
+    while hasattr(dataset, 'dataset'): dataset = dataset.dataset
+    return dataset
+
 # %% ../nbs/01_data/03_datasets.ipynb #5178d558
 def require_labels(
     dataset,       # Any data set of this notebook's protocol
     role='data',   # What it is for, as the message is to say it: '--source folder:my.toml'
 ):                 # The same data set
     "Refuse a data set in which no pixel has a label; reads no further than the first that has."
-    bare = dataset
-    while hasattr(bare, 'dataset'): bare = bare.dataset
-    if getattr(bare, 'label_paths', ()) is None or not len(dataset):
+    if getattr(innermost(dataset), 'label_paths', ()) is None or not len(dataset):
         raise InputError(f'{role}: has no labels for its {len(dataset)} images; of `folder:` the split needs an entry in [labels]')
     n = len(dataset)
     for i in sorted(range(n), key=lambda i: i % max(1, n//8)):          # a few from everywhere, then all others
@@ -821,7 +827,7 @@ def open_dataset(
 def _opened(kind, path, split, space, labelled, count=None, **opt):
     "A data set from files, without the wrappers."
     if count == 0: raise InputError(f'{kind}:{path}: count is 0, expected at least 1')
-    choose = count and opt.get('only_labelled', False)      # the first that have a label are the same where none is opened
+    choose = count is not None and opt.get('only_labelled', False)      # the first that have a label are the same where none is opened
     ds = _read(kind, spelt(path), split, space, labelled or choose, **opt)
     if choose and not labelled: ds.label_paths = None
     return _first(ds, count)

@@ -8,7 +8,7 @@ __all__ = ['SHOTS', 'BUDGETS', 'Entry', 'PlanData', 'PlanRun', 'Plan', 'filled',
 
 # %% ../nbs/07_shell/04a_plans.ipynb #pn000004
 import re, tomllib
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 from .core import InputError
@@ -16,7 +16,7 @@ from .files import read_text
 from .labels import SPACES
 from .recipes import Situation, flat
 from .runs import ADAPTABLE, METHODS
-from .settings import Seed, Share, Side, Some, Steps, Whole, check, checked_dataclass, unchecked
+from .settings import Seed, Share, Side, Some, Steps, Whole, check, checked_dataclass, needed, unchecked
 from .weak_labels import KINDS
 
 # %% ../nbs/07_shell/04a_plans.ipynb #pn000007
@@ -110,8 +110,8 @@ def filled(
     if not isinstance(table, dict): raise InputError(f'{where} is {table!r}; expected a table')
     known = {f.name: f for f in fields(cls) if f.name != 'path'}
     if odd := [k for k in table if k not in known]: raise InputError(f'{where}: unknown key {odd[0]!r}; expected one of {", ".join(known)}')
-    needed = [k for k,f in known.items() if f.default is MISSING and f.default_factory is MISSING and k not in table]
-    if needed: raise InputError(f'{where}: lacks {" and ".join(needed)}; {cls.__doc__[0].lower() + cls.__doc__[1:]}')
+    missing = [k for k,f in known.items() if needed(f) and k not in table]
+    if missing: raise InputError(f'{where}: lacks {" and ".join(missing)}; {cls.__doc__[0].lower() + cls.__doc__[1:]}')
     with unchecked(): return cls(**{k: tuple(v) if isinstance(v, list) else v for k,v in table.items()})
 
 def with_root(

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['Rate', 'Decay', 'Share', 'Weight', 'Factor', 'Scale', 'Power', 'Tint', 'Steps', 'Count', 'Side', 'Edge', 'Channels',
-           'Ids', 'Seed', 'SIMPLE', 'Range', 'Real', 'Whole', 'Some', 'fits', 'expected', 'check', 'checked_dataclass',
-           'unchecked']
+           'Ids', 'Seed', 'SIMPLE', 'Range', 'Real', 'Whole', 'Some', 'fits', 'expected', 'needed', 'check',
+           'checked_dataclass', 'unchecked']
 
 # %% ../nbs/00a_settings.ipynb #5418ed8a
 import math, numbers
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import partial, wraps
 from operator import attrgetter
 from pathlib import Path
@@ -120,6 +120,13 @@ def expected(
     if origin is tuple: return f'{len(args)} values{", each" if len(set(args)) == 1 else ":"} {each}'
     named = {int: 'a whole number', float: 'a finite number', bool: 'True or False', str: 'text', Path: 'a path', type(None): 'None'}
     return named.get(kind) or f'a {getattr(kind, "__name__", kind)}'
+
+# %% ../nbs/00a_settings.ipynb #se000002
+def needed(
+    field,  # Of a dataclass, as `fields` gives it
+)->bool:    # It has neither a default nor a function that makes one
+    "Whether a value has to be given."
+    return field.default is MISSING and field.default_factory is MISSING
 
 # %% ../nbs/00a_settings.ipynb #820e49b1
 def check(

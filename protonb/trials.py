@@ -19,7 +19,7 @@ import torch
 from . import methods
 from .core import InputError, atomic_path
 from .data_tools import group_by
-from .datasets import open_dataset, require_labels, spec_parts, take
+from .datasets import innermost, open_dataset, require_labels, spec_parts, take
 from .evaluation import evaluate
 from .feeding import adapt_segmenter, segmenter
 from .few_shot import draw_shots, group_of
@@ -168,9 +168,7 @@ def home_of(
 # %% ../nbs/07_shell/04b_trials.ipynb #cp00019b
 def _images_told(spec, ds):
     "What a run may not find changed: kind, options, names and sizes in bytes of its images, wherever they lie."
-    base = ds
-    while hasattr(base, 'dataset'): base = base.dataset
-    told = [*map(str, ds.names), *(str(os.path.getsize(p)) for p in getattr(base, 'image_paths', ()))]
+    told = [*map(str, ds.names), *(str(os.path.getsize(p)) for p in getattr(innermost(ds), 'image_paths', ()))]
     names = hashlib.sha256('\n'.join(told).encode(errors='surrogateescape')).hexdigest()[:8]
     kind,_,options = spec_parts(spec)
     return f'{",".join([kind, *options])}: {len(ds)} images, names and sizes {names}'

@@ -16,7 +16,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Positional, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo, StructConstructorSpec
 from .core import InputError
-from .settings import Range, check, expected, unchecked
+from .settings import Range, check, expected, needed, unchecked
 
 # %% ../nbs/07_shell/01d_words.ipynb #c75d6e58
 def option_kinds(
@@ -85,8 +85,8 @@ def with_usage_words(info):
     def named(f):
         if (word := usage_word(f.type, about_field(info.type, of[f.name]))) is None: return f
         if Positional in get_args(f.type) and f.default is None: word = f'[{word}]'
-        needed = of[f.name].default is MISSING and of[f.name].default_factory is MISSING
-        return replace(f, type=Annotated[f.type, arg(metavar=word, help_behavior_hint='(required)' if needed else None)])
+        hint = '(required)' if needed(of[f.name]) else None
+        return replace(f, type=Annotated[f.type, arg(metavar=word, help_behavior_hint=hint)])
     return replace(spec, fields=tuple(map(named, spec.fields)))
 
 # %% ../nbs/07_shell/01d_words.ipynb #7d8177e7
@@ -131,7 +131,7 @@ def given_rightly(
         if not hasattr(part, path[-1]): continue
         value,field = getattr(part, path[-1]),next(f for f in fields(part) if f.name == path[-1])
         about,option,several = about_field(type(part), field),name.startswith('--'),isinstance(value, (list, tuple))
-        word,free = usage_word(kind, about) or '',option and (field.default is not MISSING or field.default_factory is not MISSING)
+        word,free = usage_word(kind, about) or '',option and not needed(field)
         odd = ('',) if '.' in words else ('', Path())
         if name in bare or '' in words and (several or not option) and any(v in odd for v in (value if several else [value])):
             raise InputError(f'{name} is empty; expected {word}' + f', or no {name}'*free)
