@@ -206,14 +206,15 @@ def freeze(
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)  # Layers with running statistics
 
 def set_train(
-    net,              # Network with `frozen_prefixes`
-    freeze_bn=False,  # False; True: those under `net.frozen_prefixes`; or a tuple of prefixes, ('',) for all
+    net,              # Network with `frozen_prefixes` and `head_prefixes`
+    freeze_bn=False,  # True: those under `net.frozen_prefixes`; 'backbone': all but the head's; a tuple of prefixes, ('',) for all
 ):                    # The same network
     "Train mode, with some batch norms kept at their stored statistics. Call it instead of `net.train()`."
-    prefixes = net.frozen_prefixes if freeze_bn is True else tuple(freeze_bn or ())
+    spared = net.head_prefixes if freeze_bn == 'backbone' else ()
+    prefixes = ('',) if freeze_bn == 'backbone' else net.frozen_prefixes if freeze_bn is True else tuple(freeze_bn or ())
     net.train()
     for name,m in net.named_modules():
-        if isinstance(m, BATCH_NORMS) and under(name, prefixes): m.eval()
+        if isinstance(m, BATCH_NORMS) and under(name, prefixes) and not under(name, spared): m.eval()
     return net
 
 # %% ../nbs/03_models/03_dip_net.ipynb #8367298b

@@ -86,10 +86,10 @@ def fitted_window(
     s:Situation,  # Of the run
     plus:int=1,   # As in `crop`
 )->Window:
-    "A window as large as the image, which is enlarged by up to 1.3 and never made smaller (recipes of PBAL and ProDA)."
+    "A window as large as the image, which is enlarged by up to 1.3 and never made smaller; images of a wider shape get a frame."
     high,wide = crop(s, plus=plus)
     base = int(max(wide, high*s.width/s.height + 1)) + 1
-    return Window(base_width=base, low=1., high=1.3, crop_height=high, crop_width=wide, flip_p=.5)
+    return Window(base_width=base, low=1., high=1.3, crop_height=high, crop_width=wide, flip_p=.5, pad=True)
 
 # %% ../nbs/04_learning/16_distillation.ipynb #4182a69b
 def check_windows(

@@ -15,7 +15,7 @@ from .methods import Job, Method, accelerator_of, learn
 from .mixing import jitter_of
 from .optimization import optimizer_of
 from .processes import cross_entropy, for_processes, held, sum_over
-from .recipes import Situation, crop, part, rule_of
+from .recipes import Situation, crop, keeps_statistics, part, rule_of
 from .sampling import shuffled_index
 from .settings import checked_dataclass, Count, Decay, Factor, Power, Rate, Steps, Tint, Weight
 from .streams import labelled, paired, rare_first
@@ -64,6 +64,7 @@ class Joint:
     power:Power = .9               # Power of the polynomial decay
     colour:Tint = .25              # Strength of the colour change of every image, 0..0.5; 0: none
     rare:Weight = 0.               # Temperature of rare-class sampling of the source, e.g. 0.1; 0: every image once an epoch
+    freeze_bn:bool = False         # The backbone's batch norms keep the statistics they came with
     window:Window = Window(low=.5, high=2., crop_height=512, crop_width=512, flip_p=.5, pad=True)  # Scale, window and flip of all images
 
 # %% ../nbs/05_methods/08_joint.ipynb #29544f33
@@ -81,7 +82,7 @@ def train_jointly(
 )->dict:       # step reached, and whether the run is finished
     "The one stage."
     acc,cfg = accelerator_of(job),job.cfg
-    net = for_processes(job.net, acc)
+    net = for_processes(job.net, acc, freeze_bn=cfg.freeze_bn and 'backbone')
     opt,sched = optimizer_of(net, cfg, cfg.length)
     net,opt = acc.prepare(net, opt)
     target,draw = (getattr(job.target, 'few', job.target),uniform_index) if cfg.labels == 'few' else (job.target, shuffled_index)
@@ -93,11 +94,11 @@ def train_jointly(
 # %% ../nbs/05_methods/08_joint.ipynb #2ab0a443
 def run_settings(
     s:Situation,  # Of the run
-)->dict:          # Settings: those of `rule_of`, warm, length, window
-    "A twentieth of the run to warm up, windows of an image's size."
+)->dict:          # Settings: those of `rule_of`, warm, length, window, freeze_bn
+    "A twentieth of the run to warm up, windows of an image's size, a backbone's own statistics."
     high,wide = crop(s)
     window = Window(low=1., high=1.3, crop_height=high, crop_width=wide, flip_p=.5, pad=True)
-    return rule_of(s) | dict(warm=part(s, .05), length=s.length, window=window)
+    return rule_of(s) | dict(warm=part(s, .05), length=s.length, window=window, freeze_bn=keeps_statistics(s))
 
 def _fitted(s:Situation): return Joint(colour=.1, **run_settings(s))
 

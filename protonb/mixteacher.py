@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 from .core import rng_for
+from .dip_net import set_train
 from .feeding import adapt_segmenter, enlarged, network_input, segmenter
 from .joint import learn_from, run_settings, source_stream
 from .labels import IGNORE
@@ -131,6 +132,7 @@ class MixTeacher:
     adapt_bn:Count = 64            # Target images whose statistics the result's batch norms take in the end; 0: those met on the way
     style:Share = 1.               # How often the labelled images come in the colours of the target's, 0..1
     rare:Weight = 0.               # Temperature of rare-class sampling of the source; 0: every image once an epoch
+    freeze_bn:bool = False         # The backbone's batch norms keep the statistics they came with
     optimizer:Literal['adamw', 'sgd'] = 'adamw'               # Its rule
     lr:Rate = 6e-5                 # Learning rate of the backbone
     head_factor:Factor = 10.       # The head learns this many times faster
@@ -160,8 +162,9 @@ def adapt(
 )->dict:       # step reached, and whether the run is finished
     "The one stage; the teacher is the result."
     acc,cfg = accelerator_of(job),job.cfg
-    teacher = average_of(job.net).to(acc.device, memory_format=torch.channels_last)
-    student = for_processes(job.net, acc)
+    kept = cfg.freeze_bn and 'backbone'
+    teacher = set_train(average_of(job.net), kept).to(acc.device, memory_format=torch.channels_last)
+    student = for_processes(job.net, acc, freeze_bn=kept)
     opt,sched = optimizer_of(student, cfg, cfg.length)
     student,opt = acc.prepare(student, opt)
     seed = int(rng_for(job.run.seed, 'process', acc.process_index).integers(2**62))
@@ -176,7 +179,8 @@ def adapt(
 # %% ../nbs/05_methods/09_mixteacher.ipynb #a9b474e3
 def _fitted(s:Situation):
     "A teacher that forgets within a tenth of the run, a confidence that a short run reaches; weak colours, as the target's are there."
-    return MixTeacher(alpha=memory(s, .1), tau=.8, colour=.1, **run_settings(s))
+    rest = run_settings(s)
+    return MixTeacher(alpha=memory(s, .1), tau=.8, colour=.1, adapt_bn=0 if rest['freeze_bn'] else 64, **rest)
 
 # %% ../nbs/05_methods/09_mixteacher.ipynb #bc1eb6d1
 #: The record

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
-from .dip_net import BATCH_NORMS
+from .dip_net import BATCH_NORMS, set_train
 from .labels import IGNORE
 from .ops import logits_cross_entropy
 
@@ -64,11 +64,12 @@ def for_processes(
     net,  # Network
     acc,  # Accelerator, told what several processes need
     train=True, # False: stored statistics go on being used
+    freeze_bn=False,  # As `set_train` has it
 ):        # The network in train mode, with batch norm over all GPUs where there are several
     "Two forwards before one backward, and statistics of the global batch."
     acc.ddp_handler = DistributedDataParallelKwargs(broadcast_buffers=False)   # would write over what the first forward saved
     if acc.num_processes > 1 and acc.device.type == 'cuda': net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    return net.train(train).to(memory_format=torch.channels_last)
+    return (set_train(net, freeze_bn) if train else net.eval()).to(memory_format=torch.channels_last)
 
 # %% ../nbs/04_learning/07_processes.ipynb #c89cb572
 def wait_long(

@@ -12,12 +12,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from .dip_net import set_train
 from .feeding import network_input
 from .labels import IGNORE
 from .methods import Method, notes, run_of
 from .mixing import jitter_of
 from .optimization import optimizer_of
-from .recipes import Situation, crop, part, rule_of
+from .recipes import Situation, crop, keeps_statistics, part, rule_of
 from .settings import checked_dataclass, Count, Decay, Factor, Power, Rate, Tint, Weight
 from .streams import feed, labelled, rare_first
 from .training import Train, accelerator_for, fit
@@ -63,6 +64,7 @@ class SourceOnly:
     power:Power = 0.9              # Power of the polynomial decay to 0
     colour:Tint = 0.               # Strength of the colour change of every image, 0..0.5
     rare:Weight = 0.               # Temperature of rare-class sampling, e.g. 0.1; 0: every image once an epoch
+    freeze_bn:bool = False         # The backbone's batch norms keep the statistics they came with
     augment:Augment = field(default_factory=Augment)  # Crop and augmentation of the training images
 
 # %% ../nbs/05_methods/01_source_only.ipynb #57b09ad2
@@ -78,7 +80,7 @@ def train(
 )->dict:               # step reached, and whether the run is finished
     "Train on labelled images only."
     acc = accelerator_for(run)
-    net.train().to(memory_format=torch.channels_last)   # a third faster on a CPU, and what mixed precision on a GPU wants
+    net = set_train(net, cfg.freeze_bn and 'backbone').to(memory_format=torch.channels_last)   # a third faster on a CPU
     opt,sched = optimizer_of(net, cfg, run.steps, ahead=1)
     net,opt = acc.prepare(net, opt)
     one = lambda batch: step(net, opt, sched, batch, acc.backward)
@@ -92,7 +94,8 @@ def _fitted(s:Situation):
     "What the field trains with now: AdamW, a warm-up, strong colours; nearly whole images, of all sizes on a backbone from real images."
     high,wide = crop(s, most=1025*1025)
     sizes = dict(scale_low=.6, scale_high=1.6) if s.start == 'imagenet' else {}          # other cameras see things larger and smaller
-    return SourceOnly(**rule_of(s), warm=part(s, .05), colour=.25, augment=Augment(crop_height=high, crop_width=wide, **sizes))
+    rest = dict(warm=part(s, .05), colour=.25, freeze_bn=keeps_statistics(s))
+    return SourceOnly(**rule_of(s), **rest, augment=Augment(crop_height=high, crop_width=wide, **sizes))
 
 # %% ../nbs/05_methods/01_source_only.ipynb #8da92b8f
 def _train(job): return train(job.source, job.net, job.cfg, run_of(job), **notes(job))

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,11 @@ import torch
 
 from protonb import methods, runs
 from protonb.cli import main, parse
-from protonb.core import InputError
+from protonb.core import InputError, rng_for
+from protonb.labels import IGNORE
 from protonb.recipes import Situation, choice_table, flat, never_heard
 from protonb.training import Train
+from protonb.windows import Window, check_fits, look
 
 # ------------------------------------------------------------------------------- the method: a file of its own, as a user would write it
 TOY = textwrap.dedent('''
@@ -166,6 +168,30 @@ def test_a_fitted_recipe_comes_into_effect(name, s):
         if where.split(".")[-1] in ("ema", "alpha") and s.steps > 10 and name in ("iapc", "proda", "wdass") and where != "focal.alpha":
             assert v**s.steps < .1, (where, v)
     assert choice_table(m.settings(), cfg) or cfg == m.settings()
+
+
+def of_kind(settings, kind):
+    "All values of a kind within settings, however deep."
+    if isinstance(settings, kind): yield settings
+    elif is_dataclass(settings):
+        for part in vars(settings).values(): yield from of_kind(part, kind)
+
+
+@pytest.mark.parametrize("name", list(runs.METHODS))
+@pytest.mark.parametrize("size", [(273, 361), (280, 361), (200, 400), (400, 200)], ids=lambda size: "x".join(map(str, size)))
+def test_a_fitted_recipe_takes_images_of_another_shape(name, size):
+    """A recipe for 185x241 (a plan's `view`, or the other domain) refuses neither 273x361, which is one row short of it, nor a street twice as wide as high."""
+    image = torch.zeros(3, *size, dtype=torch.uint8)
+    class One:
+        names = ["a"]
+        def __len__(self): return 1
+        def __getitem__(self, i): return image, None
+    for window in of_kind(runs.METHODS[name].fitted(Situation(200, 4, 185, 241, 11, 367, "trained")), Window):
+        check_fits(window, One())
+        for i in range(8):
+            got, label, _ = look(image, torch.zeros(size).long(), window, rng_for(0, i))
+            assert got.shape[1:] == label.shape == (window.crop_height or got.shape[1], window.crop_width or got.shape[2])
+            assert (label != IGNORE).any()
 
 
 def test_an_unknown_stage_is_named(toy, tmp_path):
