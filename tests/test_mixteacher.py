@@ -7,14 +7,15 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from protonb import joint, mixteacher
+from protonb import joint, mixteacher, source_only
 from protonb.cli import parse
-from protonb.deeplab import iapc_small
+from protonb.deeplab import iapc_small, pbal_small
 from protonb.labels import IGNORE
 from protonb.methods import Job, train
 from protonb.mixing import match_colours, mix_masks
 from protonb.options import open_target
 from protonb.pseudo_labels import PartlyLabelled, Unlabelled
+from protonb.recipes import Situation
 from protonb.streets import REAL, SYNTHETIC, Streets
 from protonb.teachers import adapt_statistics, average_of
 from protonb.training import Train
@@ -147,6 +148,28 @@ def test_the_result_has_the_statistics_of_whole_target_images(count, tmp_path):
 
 DATA = ["--source", "streets:synthetic,count=6,size=65x129", "--target", "streets:real,count=6,size=65x129", "--net", "iapc_small", "--out", "x"]
 KINDS = dict(none=[], image=["--weak", "fine"], point=["--weak", "fine"], coarse=["--weak", "fine"], few=["--few", "drawn", "--shots", "2"], full=[])
+
+
+@pytest.mark.parametrize("m", [source_only.METHOD, joint.METHOD, mixteacher.METHOD], ids=lambda m: m.name)
+@pytest.mark.parametrize("frozen", [False, True], ids=["batch", "stored"])
+def test_a_backbone_keeps_its_statistics_where_the_settings_say_so(m, frozen, tmp_path):
+    """Those of the backbone stay to the last bit and are what it normalises with; those of the head follow; weights are trained either way."""
+    torch.manual_seed(0)
+    begun = pbal_small()
+    with torch.no_grad():
+        for b in begun.buffers():
+            if b.is_floating_point(): b.add_(.1)                            # statistics of no batch
+    cfg = m.fitted(Situation(3, 2, 65, 129, 19, 6, "trained", tiny=not frozen))
+    assert cfg.freeze_bn == frozen and getattr(cfg, "adapt_bn", 0 if frozen else 64) == (0 if frozen else 64)
+    target = {"source-only": None, "joint": PartlyLabelled(TARGET, [0, 2]), "mixteacher": Unlabelled(TARGET)}[m.name]
+    run = Train(3, 2, 0, device="cpu", checkpoint_every=2)
+    done = train(Job(m, cfg, run, tmp_path/"run", deepcopy(begun), GAMES, target, progress=False))["net"]
+    was, now = begun.state_dict(), done.state_dict()
+    for k in was:
+        head = k.startswith(begun.head_prefixes)
+        if "running" in k: assert torch.equal(was[k], now[k]) == (frozen and not head), k
+        if k.endswith("conv1.weight"): assert not torch.equal(was[k], now[k]), k
+    assert {k.startswith(begun.head_prefixes) for k in was if "running" in k} == {True, False}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -322,7 +322,8 @@ def test_nothing_before_layer2_is_kept():
 def running(net): return {k: v.clone() for k,v in net.state_dict().items() if 'running_mean' in k}
 
 @pytest.mark.parametrize('freeze_bn,still', [(False, ()), (True, ('layer0', 'layer1')),
-                                             (('layer0', 'ppm'), ('layer0', 'ppm')), (('',), ('',))])
+                                             (('layer0', 'ppm'), ('layer0', 'ppm')), (('',), ('',)),
+                                             ('backbone', ('layer0', 'layer1', 'layer2', 'layer3', 'layer4'))])
 def test_batch_norms_follow_unless_told(freeze_bn, still):
     torch.manual_seed(0)
     net = freeze(dip_small(), ('layer0', 'layer1'))
