@@ -105,9 +105,11 @@ def test_plans_that_take_a_method_apart(tmp_path, name):
     assert len({(e.method, e.labels, str(sorted(cfg.items()))) for e, cfg in of}) == len(of)
 
 
-def test_longer_runs_go_on_from_the_starts_of_photographs():
-    one, two = (read_plan(BENCHMARKS / f"{name}.toml") for name in ("photographs", "longer"))
-    assert (one.data, one.run, one.folder, one.seeds, one.weights) == (two.data, two.run, two.folder, two.seeds, two.weights)
+def test_longer_runs_go_on_from_the_starts_of_photographs_and_statistics_has_its_own():
+    one, two, three = (read_plan(BENCHMARKS / f"{name}.toml") for name in ("photographs", "longer", "statistics"))
+    for other in (two, three):
+        assert (one.data, one.run, one.folder, one.seeds, one.weights) == (other.data, other.run, other.folder, other.seeds, other.weights)
+    assert three.out != one.out and all(e.settings["freeze_bn"] is False for e in entries_of(three, ["none", "coarse", "1-shot", "5-shot", "full"]))
 
 
 def test_images_kept_back_are_whole_ends_of_sequences():
