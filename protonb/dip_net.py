@@ -206,11 +206,11 @@ def freeze(
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)  # Layers with running statistics
 
 def set_train(
-    net,              # Network with `frozen_prefixes` and `head_prefixes`
+    net,              # Network with `frozen_prefixes` and `head_prefixes`, as far as they are asked for
     freeze_bn=False,  # True: those under `net.frozen_prefixes`; 'backbone': all but the head's; a tuple of prefixes, ('',) for all
 ):                    # The same network
     "Train mode, with some batch norms kept at their stored statistics. Call it instead of `net.train()`."
-    spared = net.head_prefixes if freeze_bn == 'backbone' else ()
+    spared = getattr(net, 'head_prefixes', ()) if freeze_bn == 'backbone' else ()
     prefixes = ('',) if freeze_bn == 'backbone' else net.frozen_prefixes if freeze_bn is True else tuple(freeze_bn or ())
     net.train()
     for name,m in net.named_modules():
