@@ -130,10 +130,11 @@ def adapt_segmenter(
     segment:Segmenter,  # Its network is changed in place
     images,             # Items are (image uint8 (3,H,W), anything); labels are not looked at
     count:int=64,       # How many of them at most, evenly spread
+    only=('',),         # Dotted prefixes of the batch norms; ('',) all of them
 )->Segmenter:           # The same
     "AdaBN: the batch norms take the statistics of these images, fed as they will be (Li et al., 2017)."
     see = lambda x: network_input(segment.net, resampled(x, segment.base(x.shape[2:])), segment.feed.input)
-    adapt_statistics(segment.net, images, count, inputs=see)
+    adapt_statistics(segment.net, images, count, inputs=see, only=only)
     return segment
 
 # %% ../nbs/04_learning/11_feeding.ipynb #b30ea4aa

@@ -129,7 +129,7 @@ class MixTeacher:
     mix:Weight = 1.                # Weight of the mixed images, times the share of target pixels that nobody has labelled
     weight:Weight = 1.             # Weight of the images with known labels, of each domain
     colour:Tint = .25              # Strength of the colour changes, 0..0.5; 0: none, and no blur
-    adapt_bn:Count = 64            # Target images whose statistics the result's batch norms take in the end; 0: those met on the way
+    adapt_bn:Count = 64            # Target images whose statistics the result's batch norms take in the end, unless kept; 0: those met on the way
     style:Share = 1.               # How often the labelled images come in the colours of the target's, 0..1
     rare:Weight = 0.               # Temperature of rare-class sampling of the source; 0: every image once an epoch
     freeze_bn:bool = False         # The backbone's batch norms keep the statistics they came with
@@ -162,7 +162,7 @@ def adapt(
 )->dict:       # step reached, and whether the run is finished
     "The one stage; the teacher is the result."
     acc,cfg = accelerator_of(job),job.cfg
-    kept = cfg.freeze_bn and 'backbone'
+    kept,follow = ('backbone',job.net.head_prefixes) if cfg.freeze_bn else (False,('',))
     teacher = set_train(average_of(job.net), kept).to(acc.device, memory_format=torch.channels_last)
     student = for_processes(job.net, acc, freeze_bn=kept)
     opt,sched = optimizer_of(student, cfg, cfg.length)
@@ -171,7 +171,7 @@ def adapt(
     def one(batch):
         log = step(student, teacher, opt, sched, batch, cfg, seed, acc.backward, acc)
         if cfg.adapt_bn and sched.last_epoch == job.run.steps:
-            adapt_segmenter(segmenter(teacher, job.method.feed(cfg)), job.target, cfg.adapt_bn)
+            adapt_segmenter(segmenter(teacher, job.method.feed(cfg)), job.target, cfg.adapt_bn, follow)
         return log
     job.net = teacher
     return learn(job, one, paired(**streams_of(job)), dict(net=teacher, student=student, opt=opt, sched=sched), acc=acc, collate=stacked)
@@ -179,8 +179,7 @@ def adapt(
 # %% ../nbs/05_methods/09_mixteacher.ipynb #a9b474e3
 def _fitted(s:Situation):
     "A teacher that forgets within a tenth of the run, a confidence that a short run reaches; weak colours, as the target's are there."
-    rest = run_settings(s)
-    return MixTeacher(alpha=memory(s, .1), tau=.8, colour=.1, adapt_bn=0 if rest['freeze_bn'] else 64, **rest)
+    return MixTeacher(alpha=memory(s, .1), tau=.8, colour=.1, **run_settings(s))
 
 # %% ../nbs/05_methods/09_mixteacher.ipynb #bc1eb6d1
 #: The record

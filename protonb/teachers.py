@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from itertools import zip_longest
 import torch
 from torch import nn
-from .dip_net import BATCH_NORMS
+from .dip_net import BATCH_NORMS, under
 from .sampling import spread_over
 from .training import bare
 from .transforms import normalize, resize_image
@@ -87,13 +87,14 @@ def adapt_statistics(
     count:int=64,       # Images, evenly spread over the data set
     batch_size:int=8,   # Images at a time, one more in the last batch where one would be left over; resized to the size of the first
     inputs=normalize,   # images (B,3,H,W) uint8 -> what the network wants
+    only=('',),         # Dotted prefixes of the batch norms; ('',) all of them
 ):                      # The same network
-    "Replace the stored statistics of every batch norm by those of some images; each batch counts the same."
-    was,device,at,size = net.training,next(net.parameters()).device,spread_over(len(dataset), count),tuple(dataset[0][0].shape[1:])
+    "Replace the stored statistics of batch norms by those of some images; each batch counts the same."
+    was,device,at,size = net.training,next(net.eval().parameters()).device,spread_over(len(dataset), count),tuple(dataset[0][0].shape[1:])
     seen = lambda x: x if tuple(x.shape[1:]) == size else resize_image(x, size)
     load = lambda part: inputs(torch.stack([seen(dataset[j][0]) for j in part]).to(device))
-    alone = _behind_one_value(net.eval(), load(at)) if len(at) == 1 else ()
-    norms = [m for m in net.modules() if isinstance(m, BATCH_NORMS) and m not in alone]
+    alone = _behind_one_value(net, load(at)) if len(at) == 1 else ()
+    norms = [m for name,m in net.named_modules() if isinstance(m, BATCH_NORMS) and under(name, only) and m not in alone]
     momenta = [m.momentum for m in norms]
     for m in norms:
         m.reset_running_stats()
