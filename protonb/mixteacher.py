@@ -129,7 +129,7 @@ class MixTeacher:
     mix:Weight = 1.                # Weight of the mixed images, times the share of target pixels that nobody has labelled
     weight:Weight = 1.             # Weight of the images with known labels, of each domain
     colour:Tint = .25              # Strength of the colour changes, 0..0.5; 0: none, and no blur
-    adapt_bn:Count = 64            # Target images whose statistics the result's batch norms take in the end, unless kept; 0: those met on the way
+    adapt_bn:Count = 64            # Target images whose statistics the batch norms take in the end, unless kept; 0: those met on the way
     style:Share = 1.               # How often the labelled images come in the colours of the target's, 0..1
     rare:Weight = 0.               # Temperature of rare-class sampling of the source; 0: every image once an epoch
     freeze_bn:bool = False         # The backbone's batch norms keep the statistics they came with
