@@ -210,11 +210,11 @@ def set_train(
     freeze_bn=False,  # True: those under `net.frozen_prefixes`; 'backbone': all but the head's; a tuple of prefixes, ('',) for all
 ):                    # The same network
     "Train mode, with some batch norms kept at their stored statistics. Call it instead of `net.train()`."
-    spared = getattr(net, 'head_prefixes', ()) if freeze_bn == 'backbone' else ()
-    prefixes = ('',) if freeze_bn == 'backbone' else net.frozen_prefixes if freeze_bn is True else tuple(freeze_bn or ())
+    if freeze_bn == 'backbone': stays = lambda name: not under(name, getattr(net, 'head_prefixes', ()))
+    else: stays = lambda name: under(name, net.frozen_prefixes if freeze_bn is True else tuple(freeze_bn or ()))
     net.train()
     for name,m in net.named_modules():
-        if isinstance(m, BATCH_NORMS) and under(name, prefixes) and not under(name, spared): m.eval()
+        if isinstance(m, BATCH_NORMS) and stays(name): m.eval()
     return net
 
 # %% ../nbs/03_models/03_dip_net.ipynb #8367298b
