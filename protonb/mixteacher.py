@@ -21,7 +21,7 @@ from .mixing import blur_batch, jitter_batch, match_colours, mix_masks, paste
 from .ops import logits_cross_entropy
 from .optimization import optimizer_of
 from .processes import for_processes, held, mean_over, sum_over
-from .recipes import Situation, memory
+from .recipes import keeps_statistics, memory, Situation
 from .settings import checked_dataclass, Count, Decay, Factor, Power, Rate, Share, Steps, Tint, Weight
 from .streams import few_labelled, labelled, paired, stacked, weakly_labelled
 from .teachers import average_of, update_average
@@ -178,8 +178,8 @@ def adapt(
 
 # %% ../nbs/05_methods/09_mixteacher.ipynb #a9b474e3
 def _fitted(s:Situation):
-    "A teacher that forgets within a tenth of the run, a confidence that a short run reaches; weak colours, as the target's are there."
-    return MixTeacher(alpha=memory(s, .1), tau=.8, colour=.1, **run_settings(s))
+    "A teacher that remembers a tenth of the run (with a backbone three), a confidence that a short run reaches, weak colours."
+    return MixTeacher(alpha=memory(s, .3 if keeps_statistics(s) else .1), tau=.8, colour=.1, **run_settings(s))
 
 # %% ../nbs/05_methods/09_mixteacher.ipynb #bc1eb6d1
 #: The record
