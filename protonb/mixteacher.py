@@ -178,8 +178,9 @@ def adapt(
 
 # %% ../nbs/05_methods/09_mixteacher.ipynb #a9b474e3
 def _fitted(s:Situation):
-    "A teacher that remembers a tenth of the run (with a backbone three), a confidence that a short run reaches, weak colours."
-    return MixTeacher(alpha=memory(s, .3 if keeps_statistics(s) else .1), tau=.8, colour=.1, **run_settings(s))
+    "A confidence that a short run reaches, weak colours; a teacher of a tenth of the run, with a backbone of half and rare classes less ahead."
+    share,balance = (.5, .25) if keeps_statistics(s) else (.1, .5)
+    return MixTeacher(alpha=memory(s, share), balance=balance, tau=.8, colour=.1, **run_settings(s))
 
 # %% ../nbs/05_methods/09_mixteacher.ipynb #bc1eb6d1
 #: The record
