@@ -178,7 +178,7 @@ def adapt(
 
 # %% ../nbs/05_methods/09_mixteacher.ipynb #a9b474e3
 def _fitted(s:Situation):
-    "A confidence that a short run reaches, weak colours; a teacher of a tenth of the run, with a backbone of half and rare classes less ahead."
+    "A confidence that a short run reaches, weak colours; with a backbone a longer memory, and rare classes count for less."
     share,balance = (.5, .25) if keeps_statistics(s) else (.1, .5)
     return MixTeacher(alpha=memory(s, share), balance=balance, tau=.8, colour=.1, **run_settings(s))
 
