@@ -62,7 +62,7 @@ table-streets: $(STAMP)  ## benchmarks/streets.csv: every method on drawn street
 table-photographs: $(STAMP)  ## benchmarks/photographs.csv and longer.csv: the same on CARLA -> CamVid, DATA=folder (six hours)
 	$(BIN)/protonb compare benchmarks/photographs.toml --root "$(DATA)" --jobs 2
 	cp runs/photographs/results.csv benchmarks/photographs.csv
-	$(BIN)/protonb compare benchmarks/longer.toml --root "$(DATA)" --jobs 2 --out runs/photographs
+	$(BIN)/protonb compare benchmarks/longer.toml --root "$(DATA)" --jobs 2
 	cp runs/photographs/results.csv benchmarks/longer.csv
 
 table-frames: $(STAMP)  ## benchmarks/frames.csv: the same with 13 and 27 of CARLA's frames, no labels, DATA=folder (an hour and a half)
