@@ -28,7 +28,7 @@ from .options import _weak, names_in, options_of, probe, space_named
 from .pages import make_report, scored
 from .pseudo_labels import Unlabelled
 from .recipes import Situation, size
-from .runs import (ADAPTABLE, METHODS, FileOptions, Run, build_net, device_of, go_on, mark_of, open_any, net_options,
+from .runs import (ADAPTABLE, METHODS, FileOptions, Run, build_net, device_of, followed, go_on, mark_of, open_any, net_options,
                           open_run, ready, space_to_dict, start_kind)
 from .settings import Real, Seed, Whole, checked_dataclass
 from .training import Train, accelerator_for, read_rows
@@ -182,10 +182,10 @@ def view(
     return d.seen[role, *how]
 
 # %% ../nbs/07_shell/03_adapt.ipynb #ad000022
-def situation(shape, steps, o, K, images, start='trained', net='', most=1280*640):
+def situation(shape, steps, o, K, images, start='trained', net='', most=1280*640, followed=False):
     "What a recipe has to know, of images of (H,W) as windows are to see them."
     H,W = size(Situation(steps, o.batch_size, *shape, K), most)
-    return Situation(steps, o.batch_size, H, W, K, images, start, net.endswith('_small'))
+    return Situation(steps, o.batch_size, H, W, K, images, start, net.endswith('_small'), followed)
 
 def pixels_of(
     o,      # `Adapt`
@@ -247,7 +247,7 @@ def start_job(
     "Source only, in OUT/start."
     name,K,m = o.net or NET,d.space.num_classes,METHODS['source-only']
     shape = AtSize(d.target, feed.height, feed.width)[0][0].shape[1:]
-    here = situation(shape, steps, o, K, len(d.source), start_kind(name, K, o.weights), name, pixels_of(o)[1])
+    here = situation(shape, steps, o, K, len(d.source), start_kind(name, K, o.weights), name, pixels_of(o)[1], followed(o.weights))
     return methods.Job(fed(m, feed), m.fitted(here), run_for(o, steps), o.out/'start', build_net(name, K, o.weights, o.seed, tell=print),
                        source_for(d, math.prod(shape)), about=about_run(o, d, name, feed))
 
@@ -263,7 +263,9 @@ def adapt_job(
     "MixTeacher, or IAPC where there is no source, in OUT/adapted."
     target,K,m = view(d, 'target', feed.height, feed.width),d.space.num_classes,METHODS['mixteacher' if d.source else 'iapc']
     shape = target[0][0].shape[1:]
-    here = situation(shape, steps, o, K, len(target), net=name, most=pixels_of(o)[1] if d.source else math.prod(shape))
+    most = pixels_of(o)[1] if d.source else math.prod(shape)
+    bare = not o.start and start_kind(name, K, o.weights) == 'nothing'       # the start has followed the source
+    here = situation(shape, steps, o, K, len(target), 'trained', name, most, bare or followed(o.start or o.weights))
     cfg = replace(m.fitted(here), labels='few' if o.few else o.labels or 'none') if d.source else m.fitted(here)
     known = view(d, 'known', feed.height, feed.width, o.labels == 'point') if d.known else None
     about = about_run(o, d, name, feed, **net_options(net), **(dict(images=list(d.known.names)) if o.few else {}))

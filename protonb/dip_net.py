@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['HEAD_NORMS', 'VGG_CONVS', 'VGG_KEYS', 'BATCH_NORMS', 'conv_norm', 'PyramidPooling', 'make_projector', 'check_head',
            'DIPNet', 'dip_resnet101', 'vgg_stage', 'from_vgg16_keys', 'dip_vgg16', 'dip_small', 'dip_mobilenetv2',
-           'under', 'freeze', 'set_train', 'dip_head_version']
+           'under', 'freeze', 'set_train', 'in_eval', 'dip_head_version']
 
 # %% ../nbs/03_models/03_dip_net.ipynb #57293e06
 import re
+from contextlib import contextmanager
 from functools import partial
 import torch
 from torch import nn
@@ -216,6 +217,18 @@ def set_train(
     for name,m in net.named_modules():
         if isinstance(m, BATCH_NORMS) and stays(name): m.eval()
     return net
+
+# %% ../nbs/03_models/03_dip_net.ipynb #dn0000e0
+@contextmanager
+def in_eval(
+    *nets,  # Networks that are only looked through
+):
+    "Inside, networks are in eval mode; afterwards each of their layers is in the mode it was in, whatever `set_train` had done."
+    was = [(m, m.training) for net in nets for m in net.modules()]
+    for net in nets: net.eval()
+    try: yield
+    finally:
+        for m,mode in was: m.training = mode
 
 # %% ../nbs/03_models/03_dip_net.ipynb #8367298b
 def dip_head_version(

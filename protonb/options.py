@@ -28,7 +28,7 @@ from .pseudo_labels import PartlyLabelled, Unlabelled
 
 # %% ../nbs/07_shell/01a_options.ipynb #5a3e3935
 from .recipes import Situation
-from .runs import ADAPTABLE, DIP_NETWORKS, METHODS, NETWORKS, FileOptions, open_any, open_file, read_config, start_kind
+from .runs import ADAPTABLE, DIP_NETWORKS, METHODS, NETWORKS, FileOptions, open_any, open_file, followed, read_config, start_kind
 from .settings import Seed, Steps, checked_dataclass, Whole
 from .training import Train, accelerator_for
 from .weak_labels import WeakLabels, cityscapes_weak
@@ -217,7 +217,8 @@ def situation_of(
     classes = len(config['space']['classes']) if model else (space_named(o.classes) or open_dataset(o.source, 'train').space).num_classes
     start = 'trained' if model else start_kind(o.net, classes, o.weights, getattr(o, 'entry', ''))
     net,(H,W) = config['net'] if model else o.net,data[0][0].shape[1:]
-    return Situation(o.train.steps, o.train.batch_size, H, W, classes, len(data), start, net.endswith('_small'))
+    first = o.start if model else o.weights
+    return Situation(o.train.steps, o.train.batch_size, H, W, classes, len(data), start, net.endswith('_small'), followed(first))
 
 # %% ../nbs/07_shell/01a_options.ipynb #7963b553
 def _option(name, kind, about, default=MISSING):

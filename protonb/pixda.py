@@ -20,6 +20,7 @@ from tqdm import tqdm
 from .core import InputError, atomic_path
 from .datasets import take
 from .deeplab import released_repeats
+from .dip_net import in_eval
 from .discriminators import SOURCE, TARGET, domain_loss, pixda_image_discriminator, pixda_pixel_discriminator
 from .feeding import Feed, network_input
 from .few_shot import uniform_index
@@ -266,11 +267,10 @@ def score_images(
     (rank,world),found = (acc.process_index, acc.num_processes) if acc else (0, 1),[]
     run,device = replace(run, steps=-(-len(source)//(run.batch_size*world))),next(net.parameters()).device
     shown = feed(_to_judge(source, target, cfg, run.seed, stage), run, acc or accelerator_for(run))(0)
-    was,_ = (net.training, disc_image.training),(net.eval(), disc_image.eval())
-    for i,x_s,x_t in tqdm(shown, desc=f'selecting after {stage}', total=run.steps, disable=not progress or rank > 0, leave=False):
-        x = transfer_style(*send_to_device((x_s, x_t), device), cfg.beta)
-        found.append((i, realness(disc_image(predictions(net, x, x.shape[2:]).exp())).cpu()))
-    net.train(was[0]), disc_image.train(was[1])
+    with in_eval(net, disc_image):
+        for i,x_s,x_t in tqdm(shown, desc=f'selecting after {stage}', total=run.steps, disable=not progress or rank > 0, leave=False):
+            x = transfer_style(*send_to_device((x_s, x_t), device), cfg.beta)
+            found.append((i, realness(disc_image(predictions(net, x, x.shape[2:]).exp())).cpu()))
     pairs = [(i, s) for ids,scores in found for i,s in zip(ids.tolist(), scores.tolist())]
     return [s for _,s in sorted(dict(gather_object(pairs) if world > 1 else pairs).items())]
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from .core import InputError, rng_for
+from .dip_net import in_eval
 from .feeding import network_input
 from .ops import masked_average_pool
 from .pooling import soft_masks
@@ -132,16 +133,14 @@ def class_prototypes(
     progress=False,     # Show a progress bar
 )->Prototypes:
     "Offline prototypes of DIP: the mean over at most `k` images per class of their masked average features."
-    K,was_training = dataset.space.num_classes,net.training
-    net.eval()
-    total,counts = None,torch.zeros(K, dtype=torch.int64)
+    K,total = dataset.space.num_classes,None
+    counts = torch.zeros(K, dtype=torch.int64)
     for i in tqdm(range(len(dataset)), desc='prototypes', disable=not progress):
-        proto,has = image_prototypes(net, *dataset[i], K, eps, min_pixels)
+        with in_eval(net): proto,has = image_prototypes(net, *dataset[i], K, eps, min_pixels)
         gives = has.cpu() & (counts < k)
         total = torch.zeros_like(proto) if total is None else total
         total += proto*gives[:, None].to(proto.device)
         counts += gives
-    net.train(was_training)
     matrix = total.cpu()/counts.clamp(min=1)[:, None]
     lack = [c for c,n in zip(dataset.space.classes, counts) if n == 0]
     if lack: warnings.warn(f'no support image supplies {", ".join(lack)}: left out, never predicted')

@@ -24,6 +24,7 @@ class Situation:
     images:int = 1        # Target images (source images where there is no target)
     start:str = 'nothing' # One of `STARTS`
     tiny:bool = False     # A network of a few hundred thousand weights, which wants larger steps
+    followed:bool = False # The batch norms of a trained start have followed its training: none has a backbone's own statistics
 
     def __post_init__(self):
         if self.start not in STARTS: raise ValueError(f'start is {self.start!r}, want one of {", ".join(STARTS)}')
@@ -59,7 +60,7 @@ def keeps_statistics(
     s:Situation,  # Of the run
 )->bool:          # For `freeze_bn`
     "Whether the backbone's batch norms stay as they came: yes for a backbone from real images, no where there is nothing to keep."
-    return not s.tiny and s.start != 'nothing'
+    return not (s.tiny or s.followed) and s.start != 'nothing'
 
 def rule_of(
     s:Situation,  # Of the run

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DIP_NETWORKS', 'ADAPTABLE', 'NETWORKS', 'METHODS', 'USUAL_SPACES', 'build_net', 'space_to_dict', 'space_from_dict',
-           'Run', 'read_config', 'open_run', 'use_prototypes', 'start_from', 'start_kind', 'FileOptions', 'classes_of',
-           'released_feed', 'open_file', 'open_any', 'save_scores', 'read_scores', 'Stopped', 'go_on', 'device_of',
-           'ready', 'look_name', 'mark_of', 'score']
+           'Run', 'read_config', 'open_run', 'use_prototypes', 'start_from', 'start_kind', 'followed', 'FileOptions',
+           'classes_of', 'released_feed', 'open_file', 'open_any', 'save_scores', 'read_scores', 'Stopped', 'go_on',
+           'device_of', 'ready', 'look_name', 'mark_of', 'score']
 
 # %% ../nbs/07_shell/01_runs.ipynb #2bdba535
 import contextlib, hashlib, inspect, json, signal, threading
@@ -238,6 +238,13 @@ def start_kind(
     loaded = read_file(weights)
     with torch.device('meta'): net = NETWORKS[name](num_classes=num_classes, **options_in(name, loaded, entry, False, weights))
     return 'trained' if fit_of(net, loaded, weights, entry or None).whole else 'imagenet'
+
+def followed(
+    start,  # Folder of a run, file, 'imagenet', or None
+)->bool:    # For `Situation`; of a bare file nobody knows: no
+    "Whether the batch norms of a start have followed its training: those of a run that did not keep them (`freeze_bn`)."
+    if not start or str(start) == 'imagenet' or not Path(start).is_dir(): return False
+    return not (read_config(start)[1]['config'].get('hyper') or {}).get('freeze_bn', False)
 
 # %% ../nbs/07_shell/01_runs.ipynb #ru000003
 USUAL_SPACES = {s.num_classes: s for s in (CITYSCAPES, CITYSCAPES16, CITYSCAPES13, CAMVID)}  # number of classes -> usual class space

@@ -20,17 +20,18 @@ from . import methods
 from .core import InputError, atomic_path
 from .data_tools import group_by
 from .datasets import innermost, open_dataset, require_labels, spec_parts, take
+from .dip_net import in_eval
 from .evaluation import evaluate
 from .feeding import adapt_segmenter, segmenter
 from .few_shot import draw_shots, group_of
 from .folders import Busy, claimed
 from .options import probe, space_named
-from .plans import Entry, Plan, folder_of, with_settings
+from .plans import Entry, Plan, entries_of, folder_of, with_settings
 
 # %% ../nbs/07_shell/04b_trials.ipynb #cp000005
 from .pseudo_labels import PartlyLabelled, Unlabelled
 from .recipes import Situation, flat
-from .runs import METHODS, build_net, go_on, open_run, net_options, read_config, space_to_dict, start_kind
+from .runs import METHODS, build_net, followed, go_on, open_run, net_options, read_config, space_to_dict, start_kind
 from .training import Diverged, Train, accelerator_for, latest_checkpoint, read_rows
 from .validation import candidates
 from .validators import VALIDATORS, looks
@@ -147,7 +148,8 @@ def recipe(
     plan,m,first = bench.plan,METHODS[entry.method],entry.name == 'start'
     steps,K = _steps(bench, entry),bench.space.num_classes
     start = _kind(net, K, plan.weights_of(net) or None) if first else 'trained'
-    cfg = m.fitted(Situation(steps, plan.run.batch, *bench.size, K, len(bench.target), start, net.endswith('_small')))
+    follows = followed(plan.weights_of(net)) if first else not recipe(bench, entries_of(plan, bench.there)[0], net).freeze_bn
+    cfg = m.fitted(Situation(steps, plan.run.batch, *bench.size, K, len(bench.target), start, net.endswith('_small'), follows))
     if hasattr(cfg, 'labels'): cfg = replace(cfg, labels='few' if entry.labels.endswith('-shot') else entry.labels)
     return with_settings(cfg, entry.settings)
 
@@ -277,9 +279,7 @@ def measured(
     net,          # A network
 )->dict:          # miou, seen (without the classes that the source does not show), accuracy: in percent
     "Scores of a network; it is left as it was."
-    was = net.training
-    scores = evaluate(segmenter(net), bench.score, bench.space, next(net.parameters()).device, progress=False)
-    net.train(was)
+    with in_eval(net): scores = evaluate(segmenter(net), bench.score, bench.space, next(net.parameters()).device, progress=False)
     seen = scores.iou[[k for k,c in enumerate(bench.space.classes) if c not in bench.plan.data.unseen]].nanmean().item()
     return dict(miou=100*scores.miou, seen=100*seen, accuracy=100*scores.accuracy)
 

@@ -1,4 +1,5 @@
 """`protonb adapt`: two folders of somebody's own end in an answer; stopped in the middle, in the same one; every mistake is one line."""
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import protonb.adapt as A
 from protonb import mixteacher, source_only
 from protonb.cli import main
 from protonb.datasets import open_dataset
-from protonb.runs import open_run, read_config, read_scores
+from protonb.methods import train
+from protonb.runs import followed, open_run, read_config, read_scores
 
 COLOURS = dict(ground=(110, 80, 40), wall=(200, 60, 60), sky=(70, 130, 220))
 N, H, W = 5, 60, 90
@@ -255,3 +257,18 @@ def test_hours_become_steps(town, monkeypatch, capsys, tmp_path):
     assert main(["adapt", "--source", town["source"], "--target", town["target"], "--out", str(tmp_path / "out"), "--hours", "0.001", "--net", "pbal_small",
                  "--device", "cpu", "--batch-size", "2"]) == 2
     assert "--hours 0.001: a step takes 4 s here; expected 0.0034 at least" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("net,weights,kept", [("pbal_mobilenetv2", None, False), ("pbal_efficientnet_lite0", "imagenet", True)])
+def test_what_follows_a_start_keeps_statistics_only_if_the_start_has_kept_a_backbones(tmp_path, net, weights, kept):
+    words = dict(source="streets:synthetic,count=2,size=65x129", target="streets:real,count=2,size=65x129", net=net, device="cpu")
+    o = A.Adapt(out=tmp_path / "out", weights=weights, **words)
+    d = A.open_domains(o)
+    feed = A.feed_for(o, d)
+    first = A.start_job(o, d, feed, 2)
+    assert (first.cfg.freeze_bn, A.adapt_job(o, d, feed, 2, first.net, net).cfg.freeze_bn) == (kept, kept)
+    if not kept:                                              # the same from the folder of a run
+        train(replace(first, run=replace(first.run, steps=1)))
+        later = A.Adapt(out=tmp_path / "later", start=first.run_dir, **(words | dict(net="")))
+        d = A.open_domains(later)
+        assert followed(first.run_dir) and not A.adapt_job(later, d, feed, 2, d.first.net, net).cfg.freeze_bn

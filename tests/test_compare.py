@@ -112,6 +112,15 @@ def test_longer_runs_go_on_from_the_starts_of_photographs_and_statistics_has_its
     assert two.out == one.out != three.out and all(e.settings["freeze_bn"] is False for e in entries_of(three, ["none", "image", "point", "coarse", "1-shot", "5-shot", "full"]))
 
 
+@pytest.mark.parametrize("weights,told,kept", [("", "", False), ("imagenet", "", True), ("imagenet", '[[entry]]\nname = "start"\nmethod = "source-only"\nsettings = {freeze_bn = false}\n', False)])
+def test_entries_keep_the_statistics_that_the_start_has_kept(small, weights, told, kept):
+    path = small(told + '[[entry]]\nname = "mix"\nmethod = "mixteacher"\n')
+    plan = read_plan(path, networks=("pbal_efficientnet_lite0",), weights=weights)
+    bench = open_plan(plan)
+    cfgs = {e.name: recipe(bench, e, "pbal_efficientnet_lite0") for e in entries_of(plan, bench.there)}
+    assert {n: c.freeze_bn for n, c in cfgs.items() if n != "start"} == {n: kept for n in cfgs if n != "start"} and cfgs["start"].freeze_bn == kept
+
+
 def test_images_kept_back_are_whole_ends_of_sequences():
     names = [f"{s}_{i:06}" for s in ("0001TP", "0016E5") for i in range(10)][::-1]
     last, rest = kept_back(names, .2, lambda n: n.split("_")[0])
