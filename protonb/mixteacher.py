@@ -178,9 +178,8 @@ def adapt(
 
 # %% ../nbs/05_methods/09_mixteacher.ipynb #a9b474e3
 def _fitted(s:Situation):
-    "A confidence that a short run reaches, weak colours; with a backbone a longer memory, and rare classes count for less."
-    share,balance = (.5, .25) if keeps_statistics(s) else (.1, .5)
-    return MixTeacher(alpha=memory(s, share), balance=balance, tau=.8, colour=.1, **run_settings(s))
+    "A confidence that a short run reaches, weak colours; the teacher remembers a tenth of the run, with a backbone three."
+    return MixTeacher(alpha=memory(s, .3 if keeps_statistics(s) else .1), tau=.8, colour=.1, **run_settings(s))
 
 # %% ../nbs/05_methods/09_mixteacher.ipynb #bc1eb6d1
 #: The record
