@@ -135,12 +135,13 @@ def class_prototypes(
     "Offline prototypes of DIP: the mean over at most `k` images per class of their masked average features."
     K,total = dataset.space.num_classes,None
     counts = torch.zeros(K, dtype=torch.int64)
-    for i in tqdm(range(len(dataset)), desc='prototypes', disable=not progress):
-        with in_eval(net): proto,has = image_prototypes(net, *dataset[i], K, eps, min_pixels)
-        gives = has.cpu() & (counts < k)
-        total = torch.zeros_like(proto) if total is None else total
-        total += proto*gives[:, None].to(proto.device)
-        counts += gives
+    with in_eval(net):
+        for i in tqdm(range(len(dataset)), desc='prototypes', disable=not progress):
+            proto,has = image_prototypes(net, *dataset[i], K, eps, min_pixels)
+            gives = has.cpu() & (counts < k)
+            total = torch.zeros_like(proto) if total is None else total
+            total += proto*gives[:, None].to(proto.device)
+            counts += gives
     matrix = total.cpu()/counts.clamp(min=1)[:, None]
     lack = [c for c,n in zip(dataset.space.classes, counts) if n == 0]
     if lack: warnings.warn(f'no support image supplies {", ".join(lack)}: left out, never predicted')
