@@ -182,10 +182,10 @@ def view(
     return d.seen[role, *how]
 
 # %% ../nbs/07_shell/03_adapt.ipynb #ad000022
-def situation(shape, steps, o, K, images, start='trained', net='', most=1280*640, followed=False):
+def situation(shape, steps, o, K, images, start='trained', net='', most=1280*640, followed=False, labels='none'):
     "What a recipe has to know, of images of (H,W) as windows are to see them."
     H,W = size(Situation(steps, o.batch_size, *shape, K), most)
-    return Situation(steps, o.batch_size, H, W, K, images, start, net.endswith('_small'), followed)
+    return Situation(steps, o.batch_size, H, W, K, images, start, net.endswith('_small'), followed, labels)
 
 def pixels_of(
     o,      # `Adapt`
@@ -265,11 +265,12 @@ def adapt_job(
     shape = target[0][0].shape[1:]
     most = pixels_of(o)[1] if d.source else math.prod(shape)
     bare = not o.start and start_kind(name, K, o.weights) == 'nothing'       # the start has followed the source
-    here = situation(shape, steps, o, K, len(target), 'trained', name, most, bare or followed(o.start or o.weights))
-    cfg = replace(m.fitted(here), labels='few' if o.few else o.labels or 'none') if d.source else m.fitted(here)
+    labels = 'few' if o.few else o.labels or 'none'
+    here = situation(shape, steps, o, K, len(target), 'trained', name, most, bare or followed(o.start or o.weights), labels)
     known = view(d, 'known', feed.height, feed.width, o.labels == 'point') if d.known else None
     about = about_run(o, d, name, feed, **net_options(net), **(dict(images=list(d.known.names)) if o.few else {}))
-    return methods.Job(fed(m, feed), cfg, run_for(o, steps), o.out/'adapted', net, source_for(d, math.prod(shape)) if d.source else None,
+    source = source_for(d, math.prod(shape)) if d.source else None
+    return methods.Job(fed(m, feed), m.fitted(here), run_for(o, steps), o.out/'adapted', net, source,
                        together(target, known, bool(o.few)) if known else Unlabelled(target), about=about)
 
 # %% ../nbs/07_shell/03_adapt.ipynb #ad000035

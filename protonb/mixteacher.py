@@ -178,8 +178,9 @@ def adapt(
 
 # %% ../nbs/05_methods/09_mixteacher.ipynb #a9b474e3
 def _fitted(s:Situation):
-    "A confidence that a short run reaches, weak colours; the teacher remembers a tenth of the run, with a backbone three."
-    return MixTeacher(alpha=memory(s, .3 if keeps_statistics(s) else .1), tau=.8, colour=.1, **run_settings(s))
+    "A confidence that a short run reaches, weak colours; the teacher remembers a tenth of the run, three with a backbone and no labels."
+    slow = keeps_statistics(s) and s.labels in ('none', 'image')                   # nothing but the teacher says what a pixel is
+    return MixTeacher(labels=s.labels, alpha=memory(s, .3 if slow else .1), tau=.8, colour=.1, **run_settings(s))
 
 # %% ../nbs/05_methods/09_mixteacher.ipynb #bc1eb6d1
 #: The record

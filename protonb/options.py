@@ -218,7 +218,8 @@ def situation_of(
     start = 'trained' if model else start_kind(o.net, classes, o.weights, getattr(o, 'entry', ''))
     net,(H,W) = config['net'] if model else o.net,data[0][0].shape[1:]
     first = o.start if model else o.weights
-    return Situation(o.train.steps, o.train.batch_size, H, W, classes, len(data), start, net.endswith('_small'), followed(first))
+    known = getattr(o.hyper, 'labels', 'none')
+    return Situation(o.train.steps, o.train.batch_size, H, W, classes, len(data), start, net.endswith('_small'), followed(first), known)
 
 # %% ../nbs/07_shell/01a_options.ipynb #7963b553
 def _option(name, kind, about, default=MISSING):

@@ -149,8 +149,9 @@ def recipe(
     steps,K = _steps(bench, entry),bench.space.num_classes
     start = _kind(net, K, plan.weights_of(net) or None) if first else 'trained'
     follows = followed(plan.weights_of(net)) if first else not recipe(bench, entries_of(plan, bench.there)[0], net).freeze_bn
-    cfg = m.fitted(Situation(steps, plan.run.batch, *bench.size, K, len(bench.target), start, net.endswith('_small'), follows))
-    if hasattr(cfg, 'labels'): cfg = replace(cfg, labels='few' if entry.labels.endswith('-shot') else entry.labels)
+    labels = 'few' if entry.labels.endswith('-shot') else entry.labels
+    cfg = m.fitted(Situation(steps, plan.run.batch, *bench.size, K, len(bench.target), start, net.endswith('_small'), follows, labels))
+    if hasattr(cfg, 'labels'): cfg = replace(cfg, labels=labels)
     return with_settings(cfg, entry.settings)
 
 @lru_cache

@@ -267,6 +267,11 @@ def test_what_follows_a_start_keeps_statistics_only_if_the_start_has_kept_a_back
     feed = A.feed_for(o, d)
     first = A.start_job(o, d, feed, 2)
     assert (first.cfg.freeze_bn, A.adapt_job(o, d, feed, 2, first.net, net).cfg.freeze_bn) == (kept, kept)
+    if kept:                                                  # a teacher to whom nobody tells a pixel is slower
+        known = dict(few={"few": words["target"]}, point={"weak": words["target"], "labels": "point"}, none={})
+        told = {k: A.Adapt(out=tmp_path / "out", weights=weights, **words, **more) for k, more in known.items()}
+        cfgs = {k: A.adapt_job(t, A.open_domains(t), feed, 200, first.net, net).cfg for k, t in told.items()}
+        assert {k: (c.labels, round(1/(1-c.alpha))) for k, c in cfgs.items()} == dict(few=("few", 20), point=("point", 20), none=("none", 60))
     if not kept:                                              # the same from the folder of a run
         train(replace(first, run=replace(first.run, steps=1)))
         later = A.Adapt(out=tmp_path / "later", start=first.run_dir, **(words | dict(net="")))

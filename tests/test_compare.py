@@ -114,11 +114,12 @@ def test_longer_runs_go_on_from_the_starts_of_photographs_and_statistics_has_its
 
 @pytest.mark.parametrize("weights,told,kept", [("", "", False), ("imagenet", "", True), ("imagenet", '[[entry]]\nname = "start"\nmethod = "source-only"\nsettings = {freeze_bn = false}\n', False)])
 def test_entries_keep_the_statistics_that_the_start_has_kept(small, weights, told, kept):
-    path = small(told + '[[entry]]\nname = "mix"\nmethod = "mixteacher"\n')
+    path = small(told + "".join(f'[[entry]]\nname = "{n}"\nmethod = "mixteacher"\nlabels = "{n}"\nsteps = 200\n' for n in ("none", "1-shot")))
     plan = read_plan(path, networks=("pbal_efficientnet_lite0",), weights=weights)
     bench = open_plan(plan)
     cfgs = {e.name: recipe(bench, e, "pbal_efficientnet_lite0") for e in entries_of(plan, bench.there)}
     assert {n: c.freeze_bn for n, c in cfgs.items() if n != "start"} == {n: kept for n in cfgs if n != "start"} and cfgs["start"].freeze_bn == kept
+    assert [(cfgs[n].labels, round(1/(1-cfgs[n].alpha))) for n in ("none", "1-shot")] == [("none", 60 if kept else 20), ("few", 20)]
 
 
 def test_images_kept_back_are_whole_ends_of_sequences():

@@ -176,6 +176,16 @@ def test_a_backbone_keeps_its_statistics_where_the_settings_say_so(m, frozen, tm
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_fitted_teacher_is_slow_where_nobody_has_labelled_a_pixel(kind):
+    """With a backbone that keeps its statistics it remembers three tenths of the run, a tenth where pixels are labelled; a tiny network's a tenth."""
+    fitted = ["train", "mixteacher", *DATA, "--recipe", "fitted", "--steps", "200", "--labels", kind, *KINDS[kind]]
+    cfg = parse([*fitted, "--net", "pbal_efficientnet_lite0", "--weights", "imagenet"]).hyper
+    assert cfg.freeze_bn and cfg.labels == kind
+    assert round(1/(1-cfg.alpha)) == (60 if kind in ("none", "image") else 20)
+    assert round(1/(1-parse([*fitted, "--net", "pbal_small"]).hyper.alpha)) == 20
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_label_is_opened(kind):
     o = parse(["train", "mixteacher", *DATA, "--labels", kind, *KINDS[kind]])
     target = open_target(mixteacher.METHOD, o, GAMES.space)
