@@ -159,9 +159,10 @@ def equip(
     cfg,           # lr, head_factor, momentum, weight_decay, length, power
     acc,           # Accelerator
     repeats=None,  # Parameter name -> updates a step
+    freeze_bn=False,  # As `set_train` has it
 )->tuple:          # net, optimizer, schedule, ready for all processes
     "Train mode, SGD with a rate for the backbone and one for the head, polynomial decay, on the device."
-    net = for_processes(net, acc)
+    net = for_processes(net, acc, freeze_bn=freeze_bn)
     opt,sched = optimizer_of(net, cfg, cfg.length, repeats=repeats or {})
     return *acc.prepare(net, opt), sched
 
@@ -183,7 +184,7 @@ def distill(
     acc = accelerator_for(run)
     teacher = frozen(teacher).to(acc.device, memory_format=torch.channels_last)
     student.requires_grad_(True).train()
-    net,opt,sched = equip(student, cfg, acc, released_repeats(student) if cfg.legacy_dup else None)
+    net,opt,sched = equip(student, cfg, acc, released_repeats(student) if cfg.legacy_dup else None, cfg.freeze_bn and 'backbone')
     one = lambda batch: distill_step(net, teacher, opt, sched, batch, cfg, acc.backward, acc)
     make = distill_samples(source, target, cfg, stage_seed(run.seed, stage))
     return fit(one, feed(make, run, acc), dict(net=net, opt=opt, sched=sched), run, run_dir=run_dir, stage=stage,
@@ -249,6 +250,7 @@ class Distill:
     legacy_dup:bool = False      # Update backbone tensors 3 or 4 times a step, as the released lists do
     legacy_warp:bool = False     # The released label warp
     mean_std:bool = False        # Images as the network wants them, by ImageNet's mean and deviation; False: x/255, as ProDA feeds
+    freeze_bn:bool = False       # The backbone's batch norms keep the statistics they came with
     shrink:Whole(1, 64) = 4      # Image size over the size of the maps on which labels and teacher are compared
     window:Window = PRODA_WINDOW # Scale, window and flip of all images
     more = 0, 1                  # By so much its sides may be longer than a multiple of `shrink`

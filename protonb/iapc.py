@@ -10,6 +10,7 @@ __all__ = ['METHOD', 'Trio', 'step', 'trio', 'student_optimizer', 'labels_at_cel
 from dataclasses import dataclass, replace
 from torch import Tensor
 from .feeding import Feed, adapt_segmenter, network_input, segmenter
+from .dip_net import set_train
 from .teachers import average_of, update_average
 
 # %% ../nbs/05_methods/03_iapc.ipynb #1c9ef759
@@ -28,7 +29,7 @@ from .ops import logits_cross_entropy, masked_average_pool, prototype_logits
 from .optimization import linear_warm_up, make_optimizer, parameter_groups, polynomial, schedule
 from .pixel_losses import TERMS, importance_terms
 from .pseudo_labels import HardLabels, Unlabelled, write_labels
-from .recipes import Situation, crop, memory, part, learning_rate, size
+from .recipes import Situation, crop, keeps_statistics, memory, part, learning_rate, size
 from .resnet import freeze_affine
 from .processes import for_processes, reduced, wait_long
 from .settings import checked_dataclass, Count, Decay, Edge, Factor, Rate, Scale, Share, Side, Steps, Weight, Some, Whole
@@ -76,12 +77,13 @@ def step(
 # %% ../nbs/05_methods/03_iapc.ipynb #09bcf38e
 def trio(
     source,     # Trained network of the source domain
-    cfg:'IAPC', # memory_bn, feature_layer
+    cfg:'IAPC', # memory_bn, feature_layer, freeze_bn
 )->Trio:        # Three networks with the same weights
     "Student and memory start as copies of the source model; scale and shift of batch norms stay as they are."
     if cfg.feature_layer != 3: features_from(source, cfg.feature_layer)
-    student = freeze_affine(deepcopy(source).requires_grad_(True)).train()
-    return Trio(student, source.eval().requires_grad_(False), average_of(source, train=cfg.memory_bn == 'batch'))
+    kept = cfg.freeze_bn and 'backbone'
+    student,memory = set_train(freeze_affine(deepcopy(source).requires_grad_(True)), kept),average_of(source, train=False)
+    return Trio(student, source.eval().requires_grad_(False), set_train(memory, kept) if cfg.memory_bn == 'batch' else memory)
 
 # %% ../nbs/05_methods/03_iapc.ipynb #3912ea8a
 def student_optimizer(
@@ -164,7 +166,7 @@ def class_factors(
 def pseudo_labels(
     images,     # Target images; their labels are never opened
     source,     # Trained network of the source domain; `adapt_bn` changes its statistics in place
-    cfg:'IAPC', # scales, adapt_bn
+    cfg:'IAPC', # scales, adapt_bn, freeze_bn
     *,
     run_dir,    # Folder of the run; labels go to its `pseudo`
     acc=None,   # Accelerator: where to compute; its main process labels, the others wait
@@ -172,9 +174,10 @@ def pseudo_labels(
 )->HardLabels:  # The images with their pseudo labels
     "Stage 1: the source model labels every image once, no pixel is left out; goes on where it was stopped."
     bare,folder = Unlabelled(images),Path(run_dir)/'pseudo'
-    network = state_id(source.state_dict())[:16] + (f', statistics of {cfg.adapt_bn} images' if cfg.adapt_bn else '')
+    follow,whose = (source.head_prefixes,' in its head') if cfg.freeze_bn else (('',),'')
+    network = state_id(source.state_dict())[:16] + (f', statistics of {cfg.adapt_bn} images{whose}' if cfg.adapt_bn else '')
     segment = segmenter(source)
-    if cfg.adapt_bn: adapt_segmenter(segment, bare, cfg.adapt_bn)
+    if cfg.adapt_bn: adapt_segmenter(segment, bare, cfg.adapt_bn, follow)
     if acc is None or acc.is_main_process:
         write_labels(segment, bare, folder, bare.space, scales=cfg.scales, flip=True,
                      device=next(source.parameters()).device, progress=progress, network=network)
@@ -194,7 +197,8 @@ def train(
 )->dict:           # step reached, whether the run is finished, and the student
     "Stage 2: train the student."
     acc,nets,running = accelerator_for(run),trio(source, cfg),torch.nn.Module()
-    if acc.num_processes > 1: nets.student,nets.memory = (for_processes(n, acc, n.training) for n in (nets.student, nets.memory))
+    ready = lambda net: for_processes(net, acc, net.training, cfg.freeze_bn and 'backbone')
+    if acc.num_processes > 1: nets.student,nets.memory = ready(nets.student),ready(nets.memory)
     running.register_buffer('factor', torch.ones(source.num_classes))
     opt,sched = student_optimizer(nets.student, cfg)
     nets.student,opt = acc.prepare(nets.student, opt)
@@ -241,7 +245,8 @@ class IAPC(IAPCHabits):
     enhanced:Weight = .5           # Weight of the prototype-enhanced term
     entropy:Weight = 2.            # Weight of the entropy
     scales:Some(Scale) = (.5, .625, .375)        # Sizes that vote on the pseudo labels, over the file's; mirror images vote too
-    adapt_bn:Count = 0             # Target images that give the source model new batch-norm statistics first; released: none
+    adapt_bn:Count = 0             # Target images that give the source model new batch-norm statistics first, unless kept; released: none
+    freeze_bn:bool = False         # The backbone's batch norms keep the statistics they came with
     test_height:Side|None = 512    # Images are resized to this height for the student's segmentations; None: as they are
     window:Window = IAPC_WINDOW    # The three views
     colour:bool = True             # Colour changes on the student's view
@@ -271,7 +276,7 @@ def _fitted(s:Situation):
                      more_than=max(1, s.classes//2-1))
     return IAPC(lr=learning_rate(s, .0005), head_factor=1., warm=part(s, .05), length=s.length, ema=memory(s, .25), entropy=.1, adapt_bn=64,
                 rare_pixels=high*wide//32, scales=(1., 1.25, .75), test_height=None if (H, W) == (s.height, s.width) else H, window=window,
-                refresh_height=H, refresh_width=W)
+                refresh_height=H, refresh_width=W, freeze_bn=keeps_statistics(s))
 
 # %% ../nbs/05_methods/03_iapc.ipynb #94a164c3
 def _label(job):

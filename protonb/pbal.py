@@ -167,7 +167,7 @@ def bpl(
     "Stage 1: bidirectional prototype learning."
     acc,seed = accelerator_for(run),stage_seed(run.seed, stage)
     disc = _seeded(run.seed, lambda: pbal_discriminator(net.num_classes, cfg.disc_width))
-    net = for_processes(net, acc)
+    net = for_processes(net, acc, freeze_bn=cfg.freeze_bn and 'backbone')
     opt,sched = pbal_optimizer(net, cfg)
     opt_d = torch.optim.Adam(disc.parameters(), lr=cfg.lr_disc, betas=(.9, .99))
     net,disc,opt,opt_d = acc.prepare(net, disc, opt, opt_d)
@@ -217,7 +217,7 @@ def pst(
     "Stage 2: prototypical self-training."
     acc,seed = accelerator_for(run),stage_seed(run.seed, 'pst')
     project = _seeded(run.seed, lambda: projection_head(net.channels, cfg.proj_head)) if cfg.proj_head else None
-    net = for_processes(net, acc)
+    net = for_processes(net, acc, freeze_bn=cfg.freeze_bn and 'backbone')
     opt,sched = pbal_optimizer(net, cfg, project.parameters() if project else ())
     net,opt,project = acc.prepare(net, opt, project)
     colours = jitter_at(cfg.colour)
@@ -242,6 +242,7 @@ class WarmUp:
     align:Weight = 0.             # Weight of both alignment losses
     lr_disc:Rate = 1e-4           # Learning rate of the discriminator (Adam, betas .9 and .99)
     disc_width:Channels = 64      # Channels of its first convolution
+    freeze_bn:bool = False        # The backbone's batch norms keep the statistics they came with
     window:Window = PBAL_WINDOW   # Scale, window and flip of all images
 
 # %% ../nbs/05_methods/04_pbal.ipynb #a81b6dd0
@@ -272,6 +273,7 @@ class PST:
     cap:Share = .9                # ... but not higher than this
     fixed:Share|None = None       # One threshold for all classes instead, 0.95 in ProDA
     flip:bool = False             # Average over the mirrored image when pseudo labels are made
+    freeze_bn:bool = False        # The backbone's batch norms keep the statistics they came with
     window:Window = PBAL_WINDOW   # Scale, window and flip of all images
 
 # %% ../nbs/05_methods/04_pbal.ipynb #e902da18
@@ -287,9 +289,9 @@ class PBAL:
 def _fitted(s:Situation):
     "One rate for all stages, which go on from each other; the distillation counts per pixel instead of per pixel and class."
     lr,window = learning_rate(s, .02),fitted_window(s)
-    every,adversary = dict(lr=lr, head_factor=1., max_iter=s.length, window=window),dict(disc_width=16 if s.tiny else 64)
-    distill = Distill(lr=lr, head_factor=1., length=s.length, kd=float(s.classes), mean_std=True, window=window)
-    return PBAL(WarmUp(**every, **adversary), BPL(**every, **adversary), PST(**every, flip=True), distill)
+    every,adversary = dict(lr=lr, head_factor=1., window=window),dict(disc_width=16 if s.tiny else 64)
+    distill,many = Distill(**every, length=s.length, kd=float(s.classes), mean_std=True),every | dict(max_iter=s.length)
+    return PBAL(WarmUp(**many, **adversary), BPL(**many, **adversary), PST(**many, flip=True), distill)
 
 # %% ../nbs/05_methods/04_pbal.ipynb #e6ba0ba2
 def _adversarial(job):

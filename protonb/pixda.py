@@ -20,7 +20,7 @@ from tqdm import tqdm
 from .core import InputError, atomic_path
 from .datasets import take
 from .deeplab import released_repeats
-from .dip_net import in_eval
+from .dip_net import in_eval, set_train
 from .discriminators import SOURCE, TARGET, domain_loss, pixda_image_discriminator, pixda_pixel_discriminator
 from .feeding import Feed, network_input
 from .few_shot import uniform_index
@@ -123,8 +123,11 @@ class Focal:
         return torch.tensor([self.alpha_building if k == at else self.alpha for k in range(num_classes)], device=device)
 
 # %% ../nbs/05_methods/07_pixda.ipynb #f090b312
+@checked_dataclass
 class _Halved:
     "Rules of the settings below."
+    freeze_bn:bool = False        # The backbone's batch norms keep the statistics they came with
+
     def agree(self):
         for k in ('base_height', 'base_width'):
             n = getattr(self.window, k)
@@ -326,7 +329,8 @@ def _prepared(job, acc):
     "Networks, optimizers and schedules (three each), ready for the accelerator."
     net,cfg = job.net,job.cfg
     discs = discriminators(net.num_classes, cfg.disc_width, job.run.seed)
-    net = for_processes(net, acc) if cfg.bn_group is None else net.train().to(memory_format=torch.channels_last)
+    kept = cfg.freeze_bn and 'backbone'
+    net = for_processes(net, acc, freeze_bn=kept) if cfg.bn_group is None else set_train(net, kept).to(memory_format=torch.channels_last)
     acc.ddp_handler = DistributedDataParallelKwargs(broadcast_buffers=False)     # statistics differ on purpose, see _share_statistics
     opts,scheds = optimizers_for(net, *discs, cfg)
     return tuple(acc.prepare(net, *discs)), tuple(acc.prepare(*opts)), scheds
@@ -361,7 +365,8 @@ def _passes(job, game, acc):
 def _distill(job, game, acc):
     "Phase B."
     cfg,run,(net,opt,sched) = job.cfg,run_of(job),(three[0] for three in game)
-    old,parts = frozen(net, train=not cfg.teacher_eval),dict(net=net, opt=opt, sched=sched)
+    old,parts = frozen(net),dict(net=net, opt=opt, sched=sched)
+    if not cfg.teacher_eval: set_train(old, cfg.freeze_bn and 'backbone')
     one = lambda b: distillation_step(net, old, opt, sched, b, cfg, acc.backward, sum_over(acc))
     make = few_labelled(job.target, cfg.window, run.seed, 'distill target')
     end = learn(replace(job, stage='distill'), one, make, parts, acc=acc, run=replace(run, steps=cfg.kd_steps), collate=stacked)

@@ -29,6 +29,7 @@ from .recipes import Situation, crop, learning_rate, memory, part
 from .processes import OwnRows, for_processes, held, sum_over
 from .settings import checked_dataclass, Count, Decay, Edge, Factor, Power, Rate, Share, Steps, Tint, Weight, Whole
 from .streams import labelled, paired, stacked, weakly_labelled
+from .dip_net import set_train
 from .teachers import average_of, update_average
 from .weighted_prototypes import PrototypeMemory, contrast, domain_prototypes, merge_labels, sample_anchors, stacked_points, sure
 from .windows import WDASS_TARGET_WINDOW, Window, check_fits, image_sizes, scaled
@@ -300,9 +301,10 @@ def adapt_weakly(
     "The one stage; the student is the result."
     acc,cfg = accelerator_of(job),job.cfg
     _check_rows(cfg, job.target)
-    net = for_processes(job.net, acc)
+    kept = cfg.freeze_bn and 'backbone'
+    net = for_processes(job.net, acc, freeze_bn=kept)
     fresh = job.fresh and (lambda own: for_processes(job.fresh(own), acc))
-    teacher = slow_copy(net, cfg, job.run.seed, fresh).to(acc.device, memory_format=torch.channels_last)
+    teacher = set_train(slow_copy(net, cfg, job.run.seed, fresh), kept).to(acc.device, memory_format=torch.channels_last)
     memory = PrototypeMemory(net.num_classes, net.channels).to(acc.device)
     opt,sched = sgd_and_schedule(net, cfg)
     net,opt = acc.prepare(net, opt)
@@ -347,7 +349,10 @@ class Mix:
     strength:Tint = .25           # Of that colour change
 
 # %% ../nbs/05_methods/06_wdass.ipynb #7ecd527f
+@checked_dataclass
 class _Agreeing:
+    freeze_bn:bool = False        # The backbone's batch norms keep the statistics they came with
+
     def agree(self):
         yield bool(self.source_height) == bool(self.source_width), 'source_height source_width', 'a size, or 0 and 0: as they are'
 
