@@ -270,7 +270,7 @@ def _rules(cfg):
 
 # %% ../nbs/05_methods/03_iapc.ipynb #0d12ea39
 def _fitted(s:Situation):
-    "Statistics of the target first; averages and warm-up as shares of the run; windows as shares of the image."
+    "The target's statistics first, the head's alone on a backbone that keeps its own; averages, warm-up, windows as shares."
     (H,W),(high,wide) = size(s),crop(s)
     window = replace(IAPC_WINDOW, base_height=H, base_width=W, low=1., high=1.2, crop_height=high, crop_width=wide,
                      more_than=max(1, s.classes//2-1))
