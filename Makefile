@@ -23,7 +23,7 @@ $(STAMP): requirements.lock setup.py settings.ini
 	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@; echo "$(VENV) is ready: source $(VENV)/bin/activate"
 
-demo: $(STAMP)  ## from source alone to MixTeacher with 21 labels on drawn streets, demo/report.html (five minutes on two cores)
+demo: $(STAMP)  ## from source alone to MixTeacher with 21 labels on drawn streets, demo/report.html (six minutes on two cores)
 	$(BIN)/protonb demo --out demo
 
 test: $(STAMP)  ## what CI checks, but for the browser: export, clean, README, all notebooks, pytest
