@@ -348,7 +348,7 @@ def plan_for(
 def tell(plan, begun):
     "What is to be expected."
     (m,n),((a,_),(b,before)) = plan['steps'],plan['seconds']
-    each = (f'{m} steps of {a:.2g} s for the start, ' if m else '') + f'{n} of {b:.2g} s for the adaptation'
+    each = (f'{m} steps of {a:.2g} s for the start, ' if m else '') + f'{n} steps of {b:.2g} s for the adaptation'
     more = ', of which a part is done' if begun else '; checks, scores, pictures and the page come on top'
     print(f'{each}: about {span(m*a + n*b + before)} of training{more}')
 

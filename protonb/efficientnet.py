@@ -105,7 +105,7 @@ def imagenet_file(
     size = name.rpartition('efficientnet_')[2]
     if size not in IMAGENET:
         raise InputError(f"weights 'imagenet': no package carries any for {name}, only for networks on "
-                         'efficientnet_lite0 and efficientnet_lite2; give the file of its backbone, e.g. resnet101.pth')
+                         f'efficientnet_lite0 and efficientnet_lite2; give the file of its backbone, e.g. {name.partition("_")[2]}.pth')
     package,file,want = IMAGENET[size]
     found,wheel = find_spec(package),package.replace('_', '-')
     if not found or not found.origin:

@@ -142,7 +142,7 @@ def _whole(path, root):
     like = told.pop('like')
     other = path.parent/like if isinstance(like, str) and like else None
     base = _text(other) if other else {}
-    if not other or 'like' in base: raise InputError(f'{path}: like is {like!r}; expected the file of a plan that is like no other')
+    if not other or 'like' in base: raise InputError(f'{path}: like is {like!r}; expected the file of a plan without `like` in it')
     read_plan(other, root)              # what is wrong with it is said with its name
     return joined(base, told)
 
