@@ -21,7 +21,7 @@ from .mixing import blur_batch, jitter_batch, match_colours, mix_masks, paste
 from .ops import logits_cross_entropy
 from .optimization import optimizer_of
 from .processes import for_processes, held, mean_over, sum_over
-from .recipes import keeps_statistics, memory, Situation
+from .recipes import keeps_statistics, LABELS, memory, Situation
 from .settings import checked_dataclass, Count, Decay, Factor, Power, Rate, Share, Steps, Tint, Weight
 from .streams import few_labelled, labelled, paired, stacked, weakly_labelled
 from .teachers import average_of, update_average
@@ -122,7 +122,7 @@ def step(
 @checked_dataclass
 class MixTeacher:
     "Numbers of MixTeacher; the defaults are usual ones for an ImageNet backbone and 40,000 steps."
-    labels:Literal['none', 'image', 'point', 'coarse', 'few', 'full'] = 'none'   # What is known of the target
+    labels:Literal[LABELS] = 'none'   # What is known of the target
     alpha:Share = .999             # How much of the teacher stays at each step
     tau:Share = .968               # The teacher is sure of a pixel from this confidence on
     balance:Weight = .5            # How much more the teacher's labels of rare classes count: power of the class's share; 0: no more

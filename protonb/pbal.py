@@ -289,9 +289,9 @@ class PBAL:
 def _fitted(s:Situation):
     "One rate for all stages, which go on from each other; the distillation counts per pixel instead of per pixel and class."
     lr,window = learning_rate(s, .02),fitted_window(s)
-    every,adversary = dict(lr=lr, head_factor=1., window=window),dict(disc_width=16 if s.tiny else 64)
-    distill,many = Distill(**every, length=s.length, kd=float(s.classes), mean_std=True),every | dict(max_iter=s.length)
-    return PBAL(WarmUp(**many, **adversary), BPL(**many, **adversary), PST(**many, flip=True), distill)
+    every,adversary = dict(lr=lr, head_factor=1., max_iter=s.length, window=window),dict(disc_width=16 if s.tiny else 64)
+    distill = Distill(lr=lr, head_factor=1., length=s.length, kd=float(s.classes), mean_std=True, window=window)
+    return PBAL(WarmUp(**every, **adversary), BPL(**every, **adversary), PST(**every, flip=True), distill)
 
 # %% ../nbs/05_methods/04_pbal.ipynb #e6ba0ba2
 def _adversarial(job):

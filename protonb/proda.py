@@ -18,7 +18,6 @@ from tqdm.auto import tqdm
 from .colour import rand_augment, warp_batch
 from .core import InputError
 from .deeplab import released_repeats, resize
-from .dip_net import set_train
 from .discriminators import SOURCE, class_map, discriminator_step, domain_loss, proda_discriminator
 from .distance import bilinear_weights
 from .distillation import (Distill, check_windows, equip, first_round, fitted_window, input_of, next_round, regulariser, source_step,
@@ -308,8 +307,7 @@ def adversarial_warm_up(
     opt_d = torch.optim.Adam(D.train().parameters(), lr=cfg.lr_d, betas=tuple(cfg.betas))
     sched_d = schedule(opt_d, polynomial(cfg.length, cfg.power))
     D,opt_d = acc.prepare(D, opt_d)
-    net,opt,sched = equip(net, cfg, acc, released_repeats(net) if cfg.legacy_dup else None)
-    set_train(bare(net), ('',) if cfg.freeze_bn else False)
+    net,opt,sched = equip(net, cfg, acc, released_repeats(net) if cfg.legacy_dup else None, ('',) if cfg.freeze_bn else False)
     one = lambda batch: warm_up_step(net, D, opt, opt_d, [sched, sched_d], batch, cfg, acc.backward, acc)
     parts = dict(net=net, D=D, opt=opt, opt_d=opt_d, sched=sched, sched_d=sched_d)
     make = warm_up_samples(source, target, cfg, stage_seed(run.seed, 'warm_up'))

@@ -90,19 +90,20 @@ def adapt_statistics(
     only=('',),         # Dotted prefixes of the batch norms; ('',) all of them
 ):                      # The same network
     "Replace the stored statistics of batch norms by those of some images; each batch counts the same."
+    mine = [m for name,m in net.named_modules() if isinstance(m, BATCH_NORMS) and under(name, only)]
+    if not mine: return net                    # a head without any, say: nothing to look at images for
     device,at,size = next(net.parameters()).device,spread_over(len(dataset), count),tuple(dataset[0][0].shape[1:])
     seen = lambda x: x if tuple(x.shape[1:]) == size else resize_image(x, size)
     load = lambda part: inputs(torch.stack([seen(dataset[j][0]) for j in part]).to(device))
     with in_eval(net):
         alone = _behind_one_value(net, load(at)) if len(at) == 1 else ()
-        norms = [m for name,m in net.named_modules() if isinstance(m, BATCH_NORMS) and under(name, only) and m not in alone]
-        momenta = [m.momentum for m in norms]
-        for m in norms:
+        momenta = {m: m.momentum for m in mine if m not in alone}
+        for m in momenta:
             m.reset_running_stats()
             m.train().momentum = None          # a plain mean over the batches
         last = len(at)-(batch_size > 1)        # an image that would be a batch by itself goes with those before it
         for i in range(0, max(last, 1), batch_size): net(load(at[i:i+batch_size] if i+batch_size < last else at[i:]))
-        for m,momentum in zip(norms, momenta): m.momentum = momentum
+        for m,momentum in momenta.items(): m.momentum = momentum
     return net
 
 # %% ../nbs/04_learning/10_teachers.ipynb #9c87b497

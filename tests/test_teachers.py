@@ -197,3 +197,8 @@ def test_unequal_networks_are_not_averaged(other, said):
     before = {k: v.clone() for k, v in average.state_dict().items()}
     with pytest.raises(ValueError, match=said): update_average(average, other(), .9)
     assert all(torch.equal(v, before[k]) for k, v in average.state_dict().items())
+
+
+def test_no_image_is_looked_at_where_no_norm_follows():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    assert adapt_statistics(net, None, only=("2",)) is net and net[1].num_batches_tracked == 0
