@@ -766,7 +766,8 @@ def _parse(spec):
     kind, path, options = spec_parts(spec)
     form = f'expected kind:path[,key=value] with one of: {", ".join(_KINDS)}'
     if kind not in _KINDS or ':' not in spec:
-        guess = f'; perhaps images:{spec}, without labels' if Path(spec).is_dir() else f'; perhaps folder:{spec}' if spec.endswith('.toml') else ''
+        guess = f'images:{spec} (no labels)' if Path(spec).is_dir() else f'folder:{spec}' if spec.endswith('.toml') else ''
+        guess = guess and f'; perhaps {guess}'
         raise InputError(f'data set {spec!r}: unknown kind {kind!r}, {form}{guess}')
     if not path: raise InputError(f'data set {spec!r}: names no path, {form}')
     return kind, path, _values(spec, kind, [p.split('=', 1) for p in options])
