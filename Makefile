@@ -55,18 +55,19 @@ bench: $(STAMP)  ## CPU benchmarks of all operations against their peers, goals 
 bench-gpu:  ## GPU tests, then benchmarks; runs with PY=python from a checkout, no installation (8 minutes)
 	$(PY) benchmarks/bench.py --device cuda
 
-table-streets: $(STAMP)  ## benchmarks/streets.csv: every method on drawn streets (two hours on two cores; goes on where it was stopped)
-	$(BIN)/protonb compare benchmarks/streets.toml --jobs 2
+table-streets: $(STAMP)  ## benchmarks/streets.csv: methods and controls on drawn streets, but DIP, PixDA, ProDA (two hours on two cores; goes on where it was stopped)
+	$(BIN)/protonb compare benchmarks/streets.toml --jobs 2 --only start source_only oracle fine_tuning joint iapc pbal views wdass mixteacher
 	cp runs/streets/results.csv benchmarks/streets.csv
 
-table-photographs: $(STAMP)  ## benchmarks/photographs.csv and longer.csv: the same on CARLA -> CamVid, DATA=folder (six hours)
+table-photographs: $(STAMP)  ## benchmarks/photographs.csv and longer.csv: the same on CARLA -> CamVid, DATA=folder (a day on two cores; goes on where it was stopped)
 	$(BIN)/protonb compare benchmarks/photographs.toml --root "$(DATA)" --jobs 2
 	cp runs/photographs/results.csv benchmarks/photographs.csv
 	$(BIN)/protonb compare benchmarks/longer.toml --root "$(DATA)" --jobs 2
 	cp runs/photographs/results.csv benchmarks/longer.csv
 
 table-frames: $(STAMP)  ## benchmarks/frames.csv: the same with 13 and 27 of CARLA's frames, no labels, DATA=folder (an hour and a half)
-	for n in 13 27; do $(BIN)/protonb compare benchmarks/photographs.toml --root "$(DATA)" --jobs 2 --out runs/frames$$n \
+	for n in 13 27; do $(BIN)/protonb compare benchmarks/statistics.toml --root "$(DATA)" --jobs 2 --out runs/frames$$n \
+	  --networks pbal_mobilenetv2 \
 	  --source "carla:{root}/carla,size=273x361,cache=true,count=$$n" --only start source_only "mixteacher none" || exit; done
 	head -n 1 runs/frames13/results.csv > benchmarks/frames.csv
 	for n in 13 27; do tail -n +2 runs/frames$$n/results.csv | sed "s/$$/$$n source images/"; done >> benchmarks/frames.csv

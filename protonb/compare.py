@@ -271,6 +271,7 @@ class Compare:
     jobs:Whole(1, 256) = 1  # Processes that share the work
     only:tuple[str, ...] = ()     # Only entries of these names, or whose names begin with one of these words
     seeds:tuple[Seed, ...] = ()   # Only these seeds; those of the plan when left out
+    networks:tuple[str, ...] = () # Only these networks of the plan
     tuning:bool = False     # Score on the plan's images for choosing settings
     root:Path|None = None   # What {root} in the plan stands for; its folder when left out
     source:str = ''         # Source images instead of the plan's, kind:path
@@ -288,12 +289,16 @@ def asked(
     plan.seeds = tuple(dict.fromkeys((*plan.seeds, *o.seeds)))
     if len(plan.seeds) > 1 and '{seed}' not in plan.folder:
         raise InputError(f'--seeds: {o.plan} has one folder for all, {plan.folder!r}; expected one with {{seed}}')
+    if odd := ' '.join(n for n in o.networks if n not in plan.networks):
+        raise InputError(f'--networks {odd}: not in {o.plan}; expected some of {", ".join(plan.networks)}')
     bench = open_plan(plan, o.tuning, device=o.device, progress=o.jobs == 1)
     first,*more = entries = entries_of(plan, bench.there)
     mine = [e for e in entries if not o.only or any(e.name == w or e.name.startswith(f'{w} ') for w in o.only)]
     if not mine: raise InputError(f'--only {" ".join(o.only)}: names no entry; expected some of {", ".join(e.name for e in entries)}')
     for e in entries:
-        with _within(o.plan, e.name): [(recipe(bench, e, net), images_for(bench, e, seed)) for net in plan.networks for seed in plan.seeds]
+        with _within(o.plan, e.name):
+            for net in o.networks or plan.networks: recipe(bench, e, net)
+            for seed in plan.seeds: images_for(bench, e, seed)
     return bench, entries, [first, *(e for e in mine if e is not first)]
 
 # %% ../nbs/07_shell/05_compare.ipynb #cp000047
@@ -303,7 +308,7 @@ def _help(o):
     tqdm.set_lock(RLock())                # its own is shared by processes, and would be left behind by one that is ended
     try:
         bench,_,wanted = asked(o)
-        work(bench, wanted, o.seeds)
+        work(bench, wanted, o.seeds, o.networks)
     except (Exception, KeyboardInterrupt): pass
 
 @contextmanager
@@ -330,7 +335,7 @@ def compare(
     many = accelerator_for(Train(device=o.device)).num_processes
     if many > 1: raise InputError(f'compare: started in {many} processes, expected one; --jobs shares the work')
     bench,entries,wanted = asked(o)
-    with helpers(o): work(bench, wanted, o.seeds)
+    with helpers(o): work(bench, wanted, o.seeds, o.networks)
     rows = gathered(bench, entries)
     head,body = cells(summary(rows))
     print(_align([head, None, *body]))

@@ -381,10 +381,11 @@ def work(
     bench:Bench,   # Plan and images
     entries:list,   # The start first
     seeds=(),       # Those of the plan when left out
+    networks=(),    # The same
 ):
     "Until everything has its rows: do what nobody else does."
     first,mother = entries[0],parent_process()
-    left = [(first, e, name, seed) for name in bench.plan.networks for seed in seeds or bench.plan.seeds for e in entries]
+    left = [(first, e, name, seed) for name in networks or bench.plan.networks for seed in seeds or bench.plan.seeds for e in entries]
     while left:
         waiting = []
         for what in left:

@@ -280,6 +280,16 @@ def test_a_training_that_diverges_is_a_row(small, tmp_path, capsys):
     assert rows(tmp_path / "out/results.csv")["0", "wild"]["note"] == "diverged" and "diverged at step" in capsys.readouterr().out
 
 
+def test_one_network_of_two(small, tmp_path, capsys):
+    plan = small()
+    plan.write_text('networks = ["pbal_small", "iapc_small"]\n' + plan.read_text().replace("seed{seed}", "{net}/seed{seed}"))
+    one = words(plan, tmp_path / "out", "--only", "start", "--seeds", 0, "--networks")
+    assert main([*one, "iapc_small"]) == 0 and [p.name for p in (tmp_path / "out").iterdir() if p.is_dir()] == ["iapc_small"]
+    assert main([*one, "small"]) == 2 and "--networks small: not in" in capsys.readouterr().err
+    assert main([*one, "pbal_small"]) == 0                                          # the table is of both
+    with open(tmp_path / "out/results.csv", newline="") as f: assert {r["network"] for r in csv.DictReader(f)} == {"pbal_small", "iapc_small"}
+
+
 def test_without_labels_only_what_needs_none(tmp_path, small, capsys):
     (tmp_path / "bare").mkdir()
     for name, (x, _) in zip("abcd", (Streets(REAL, 4, (49, 65), 1)[i] for i in range(4))):
