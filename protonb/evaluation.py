@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ABSENT', 'KINDS', 'FORMATS', 'confusion_matrix', 'iou', 'Scores', 'class_precision', 'frequency_weighted_iou',
            'compare_table', 'scores_to_dict', 'scores_from_dict', 'enlarged_rows', 'argmax_upsampled', 'confidence_map',
-           'label_map', 'evaluate', 'blend', 'palette_png', 'output_paths', 'label_ids', 'stamp_of', 'predict_files']
+           'label_map', 'NoNumber', 'evaluate', 'blend', 'palette_png', 'output_paths', 'label_ids', 'stamp_of',
+           'predict_files']
 
 # %% ../nbs/04_learning/03_evaluation.ipynb #9d2f1ac2
 import hashlib, json
@@ -236,8 +237,11 @@ def _name_of(dataset, i): return str(dataset.names[i]) if hasattr(dataset, 'name
 
 _NO_NUMBER = 'the network gives NaN: its weights are too large for any image, or not those of this network'
 
+class NoNumber(InputError):
+    "A network gives NaN where it is to be scored."
+
 def _scored(cm, lost, space, absent):
-    if lost: raise InputError(f'{_NO_NUMBER}; there is nothing to score')
+    if lost: raise NoNumber(f'{_NO_NUMBER}; there is nothing to score')
     if not cm.any(): raise InputError(f'no image has a labelled pixel of {space.name}; there is nothing to score')
     return Scores(cm, space, absent)
 

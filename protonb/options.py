@@ -31,7 +31,7 @@ from .recipes import Situation
 from .runs import ADAPTABLE, DIP_NETWORKS, METHODS, NETWORKS, FileOptions, open_any, open_file, followed, read_config, start_kind
 from .settings import Seed, Steps, checked_dataclass, Whole
 from .training import Train, accelerator_for
-from .weak_labels import WeakLabels, cityscapes_weak
+from .weak_labels import KINDS, WeakLabels, cityscapes_weak
 from .words import comment_on
 
 # %% ../nbs/07_shell/01a_options.ipynb #4bf1c774
@@ -131,7 +131,11 @@ def _support(o, space):
 
 # %% ../nbs/07_shell/01a_options.ipynb #27b6e725
 def _any(o, space):
-    kind,role = o.hyper.labels,f'--target {o.target}'
+    kind,role,usual = o.hyper.labels,f'--target {o.target}',AnyOptions()
+    fits = dict(few=['few'], shots=['few'], weak=KINDS, points=['point'])
+    for k,kinds in fits.items():
+        if getattr(o.data, k) != getattr(usual, k) and kind not in kinds:
+            raise InputError(f'--{k} {getattr(o.data, k)}: says nothing with --labels {kind}; expected --labels {" or ".join(kinds)}')
     if kind == 'none': return probe(Unlabelled(open_dataset(o.target, 'train', space, labelled=False)))
     if kind not in ('few', 'full'): return probe(_weak(o, space), role=role)
     data = open_dataset(o.target, 'train', space)

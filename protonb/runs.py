@@ -233,7 +233,7 @@ def start_kind(
 )->str:             # 'nothing', 'imagenet' (a backbone) or 'trained' (a whole network)
     "How far a start is along, which recipes want to know."
     if weights is None: return 'nothing'
-    if str(weights) == 'imagenet': return 'imagenet'                  # the word, whatever folders there are
+    if str(weights) == 'imagenet': return imagenet_file(name) and 'imagenet'     # the word, whatever folders there are
     if Path(weights).is_dir(): return 'trained'
     loaded = read_file(weights)
     with torch.device('meta'): net = NETWORKS[name](num_classes=num_classes, **options_in(name, loaded, entry, False, weights))

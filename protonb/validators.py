@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from .core import InputError, rng_for
-from .evaluation import _NO_NUMBER, confusion_matrix, iou
+from .evaluation import _NO_NUMBER, confusion_matrix, iou, NoNumber
 from .feeding import Segmenter, enlarged, resampled
 from .ops import masked_average_pool, prototype_logits, soft_neighbourhood_density
 from .sampling import spread_over
@@ -64,7 +64,7 @@ def looks(
     for i in tqdm(at, desc='validating', disable=None if progress else True, leave=False):    # None: no bar in a log file
         image = data[i][0][None].to(device)
         z,f = _answer(segment, image)
-        if z.isnan().any(): raise InputError(f'image {i}: {_NO_NUMBER}')
+        if z.isnan().any(): raise NoNumber(f'image {i}: {_NO_NUMBER}')
         size = z.shape[2:]
         chosen = torch.from_numpy(rng_for(seed, 'looks', i).permutation(size.numel())[:max(1, pixels//len(at))]).to(z.device)
         of = lambda maps: maps.flatten(2)[0, :, chosen].T.float().cpu()

@@ -262,7 +262,7 @@ def test_other_images_are_scored_anew_or_refused_wherever_they_lie(own, tmp_path
     assert code == 2 and re.search(r"config.source 'folder,split=train: 4 images, .* -> .* 5 images", err)
     fewer = "folder:{root}/game.toml,split=train,count=4"                       # count is said, so it is another configuration
     code, _, err = run("--source", fewer)
-    assert code == 2 and re.search(r"config.source 'folder,split=train: 4 images, names and sizes \w+' -> 'folder,split=train,count=4: 4 images, names and sizes ", err)
+    assert code == 2 and re.search(r"config.source 'folder,split=train: 4 images, names and sizes \w+, labels \w+' -> 'folder,split=train,count=4: 4 images, names and sizes ", err)
     assert run("--source", fewer, "--out", tmp_path / "fewer")[0] == 0
     config = json.loads((tmp_path / "fewer/seed0/start/config.json").read_text())
     assert "count=4: 4 images" in str(config)
@@ -274,10 +274,46 @@ def test_other_images_are_scored_anew_or_refused_wherever_they_lie(own, tmp_path
     assert main(["compare", str(plan), "--source", fewer]) == 2 and "expected --out DIR as well" in capsys.readouterr().err
 
 
-def test_a_training_that_diverges_is_a_row(small, tmp_path, capsys):
-    plan = small('[[entry]]\nname = "wild"\nmethod = "joint"\nlabels = "full"\nsettings = {lr = 1e9, optimizer = "sgd", warm = 0}\n')
+@pytest.mark.parametrize("more, says", [('method = "joint"\nlabels = "full"\nsettings = {lr = 1e9, optimizer = "sgd", warm = 0}', "diverged at step"),
+    ('method = "joint"\nsteps = 1\nlabels = "full"\nsettings = {lr = 1e10, optimizer = "sgd", warm = 0}', "gives NaN")], ids=["on the way", "in the last step"])
+def test_a_training_that_diverges_is_a_row(small, tmp_path, capsys, more, says):
+    plan = small(f'[[entry]]\nname = "wild"\n{more}\n')
     assert main(words(plan, tmp_path / "out", "--only", "wild")) == 2
-    assert rows(tmp_path / "out/results.csv")["0", "wild"]["note"] == "diverged" and "diverged at step" in capsys.readouterr().out
+    assert rows(tmp_path / "out/results.csv")["0", "wild"]["note"] == "diverged" and says in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("share", [.1, 1.])
+def test_images_for_choosing_are_some_not_all(small, tmp_path, capsys, share):
+    path = small()
+    path.write_text(path.read_text().replace("tune = 0.5", f"tune = {share}"))
+    assert main(words(path, tmp_path / "out", "--tuning")) == 2
+    assert f"[data] tune: {share:g} of each group are {4*int(share)} of 4 images; expected some, not all" in capsys.readouterr().err
+
+
+def test_shots_that_cannot_be_drawn_are_told(small, capsys):
+    path = small("")
+    path.write_text(path.read_text().replace("shots = [1]", "shots = [1, 9]"))
+    assert open_plan(read_plan(path)).there == ["none", "image", "point", "coarse", "1-shot", "full"]
+    assert re.match("note: 9-shot: k is 9 images per group.*; so no entries with it", capsys.readouterr().out)
+
+
+def test_changed_labels_are_scored_anew_or_refused(own, tmp_path, capsys, monkeypatch):
+    _, plan = own
+    monkeypatch.chdir(tmp_path)
+    def run():
+        code = main(words(plan, tmp_path / "out", "--only", "start", "--root", "data"))
+        told = capsys.readouterr()
+        return code, len(re.findall("seed 0, start: ", told.out)), told.err
+    assert run()[:2] == (0, 1) and run()[:2] == (0, 0)
+    def paint(path):
+        with Image.open(path) as im: Image.new("L", im.size, 0).save(path)
+    for path in (tmp_path / "data/score/y").iterdir(): paint(path)
+    assert run()[:2] == (0, 1)                                                            # mended masks: another row, the same network
+    for path in (tmp_path / "data/town/y").iterdir(): paint(path)
+    assert run()[0] == 0                                                                  # the start saw none of these
+    for path in (tmp_path / "data/game/y").iterdir(): paint(path)
+    code, _, err = run()
+    assert code == 2 and re.search(r"config.source 'folder,split=train: 4 images, names and sizes (\w+), labels \w+' -> 'folder,split=train: 4 images, names and sizes \1, labels ", err)
 
 
 def test_one_network_of_two(small, tmp_path, capsys):
@@ -326,6 +362,10 @@ def test_without_labels_only_what_needs_none(tmp_path, small, capsys):
     ('name = "IAPC"', 'name = "start"', "start: is iapc with labels none; expected source-only"),
     ('[[entry]]', '[[entry]]\nname = "IAPC"\nmethod = "iapc"\n[[entry]]', "two entries are called 'IAPC'"),
     ('name = "IAPC"', 'name = "start, AdaBN"', "start, AdaBN is what the table calls another row"),
+    ('name = "IAPC"', 'name = "oracle"', "oracle: is iapc with labels none; expected source-only with full"),
+    ('"iapc"', '"pbal"\n[[entry]]\nname = "IAPC PST"\nmethod = "iapc"', "IAPC PST is what the table calls another row"),
+    ("shots = [1]", 'weights = "imagenet"', "no package carries any for pbal_small"),
+    ('name = "IAPC"', f'name = "{"語"*80}"', "words that a folder can be called by"),                              # 240 bytes
     ('name = "IAPC"', 'name = ".."', "words that a folder can be called by"),
     ('"iapc"', '"iapc"\nfolder = "."', "words that a folder can be called by"),
     ('"iapc"', '"iapc"\nsettings = [1]', "settings is (1,); expected a table"),

@@ -1,4 +1,5 @@
 """MixTeacher and joint training: each against the plain lines of its equation, every kind of label, and a run that is stopped."""
+import re
 from copy import deepcopy
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 
 from protonb import joint, mixteacher, source_only
 from protonb.cli import parse
+from protonb.core import InputError
 from protonb.datasets import take
 from protonb.deeplab import iapc_small, pbal_small
 from protonb.labels import IGNORE
@@ -211,6 +213,14 @@ def test_the_labels_of_others_stay_shut():
         def __getitem__(self, i): return TARGET[i][0], TARGET[i][1] if i == 4 else None      # a label that is used would be None
     part = PartlyLabelled(Sealed(), [4])
     assert [(part[i][1] != IGNORE).any().item() for i in range(6)] == [i == 4 for i in range(6)]
+
+
+@pytest.mark.parametrize("more, says", [(["full", "--few", "drawn"], "--few drawn: says nothing with --labels full; expected --labels few"),
+    (["point", "--shots", "3"], "--shots 3: says nothing with --labels point"), (["few", "--weak", "fine"], "expected --labels image or point or coarse"),
+    (["none", "--points", "p.yaml"], "--points p.yaml: says nothing with --labels none; expected --labels point")])
+def test_an_option_of_other_labels_is_refused(more, says):
+    o = parse(["train", "mixteacher", *DATA, "--labels", *more])
+    with pytest.raises(InputError, match=re.escape(says)): open_target(mixteacher.METHOD, o, GAMES.space)
 
 
 @pytest.mark.parametrize("m, target", [(mixteacher.METHOD, Unlabelled(TARGET)), (mixteacher.METHOD, PartlyLabelled(TARGET, [0, 2])),

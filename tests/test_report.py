@@ -173,9 +173,9 @@ def test_failure_leaves_the_old_file(out):
 def test_pyplot_is_left_alone(out):
     import matplotlib.pyplot as plt
     plt.rcdefaults()
-    before = dict(plt.rcParams)
+    before, open_before = dict(plt.rcParams), plt.get_fignums()
     write_report(out, title='x', prototypes=torch.randn(5, 3, generator=gen()), space=ClassSpace('5', tuple('abcde'), ((0, 0, 0),)*5))
-    assert plt.get_fignums() == [] and dict(plt.rcParams) == before
+    assert plt.get_fignums() == open_before and dict(plt.rcParams) == before
 
 def test_words():
     a, b = some_scores(right=.3), some_scores(right=.9)
