@@ -235,7 +235,7 @@ def test_dip_freezes_the_first_two_stages():
 
 
 # ------------------------------------------------------------------------------- two steps of every method
-SOURCE, TARGET = "streets:synthetic,count=4,size=65x129", "streets:real,count=4,size=65x129"
+SOURCE, TARGET = "streets:synthetic,count=4,size=65x65", "streets:real,count=4,size=65x65"
 
 
 @pytest.mark.parametrize("name", list(METHODS))
@@ -261,7 +261,7 @@ def test_two_steps(name, tmp_path, capsys, monkeypatch):
     if m.target in ("few", "any"):
         from protonb.datasets import open_dataset
         (tmp_path/"few.txt").write_text("\n".join(open_dataset(TARGET).names[:2]))
-        more += ["--few", tmp_path/"few.txt"]
+        more += ["--few", tmp_path/"few.txt", *(["--labels", "few"] if m.target == "any" else [])]
     train(name, out, *more)
     run = open_run(out)
     assert run.config["net"].endswith("efficientnet_lite0") and run.net.input_range == "signed"

@@ -163,7 +163,7 @@ def test_a_disk_that_fails_again_and_again(method, home):
     assert call(tiny.train(method, "whole"))[0] == 0
     want = tiny.bits("whole")
     Path("faulty").mkdir()
-    assert goes_on(tiny.train(method, "faulty/run"), "faulty/run", "faulty", want, tiny.STRIDE.get(method, 11)) >= 4
+    assert goes_on(tiny.train(method, "faulty/run"), "faulty/run", "faulty", want, tiny.STRIDE.get(method, 17)) >= 4
 
 
 @pytest.mark.parametrize("command", list(tiny.others("", "", "")))

@@ -261,11 +261,16 @@ def test_judging_changes_nothing(tmp_path):
     assert (tmp_path/'a/metrics.csv').read_text() == (tmp_path/'b/metrics.csv').read_text()
 
 
+@pytest.fixture(scope='module')
+def unbroken(tmp_path_factory):
+    train(mix(home := tmp_path_factory.mktemp('unbroken')/'run'))
+    return home
+
+
 @pytest.mark.parametrize('when', ['while judging', 'before the checkpoint', 'after it'])
-def test_killed_and_started_again_keeps_the_same(tmp_path, when, monkeypatch):
+def test_killed_and_started_again_keeps_the_same(tmp_path, unbroken, when, monkeypatch):
     "Killed at the second checkpoint: before, between and after what is written."
     from protonb import training
-    train(mix(tmp_path/'whole'))
     class Killed(BaseException): pass
     name = dict([('while judging', '_keep_best'), ('before the checkpoint', '_keep_best'), ('after it', '_tidy')])[when]
     real, calls = getattr(training, name), []
@@ -277,10 +282,10 @@ def test_killed_and_started_again_keeps_the_same(tmp_path, when, monkeypatch):
     with pytest.raises(Killed): train(mix(tmp_path/'cut'))
     monkeypatch.setattr(training, name, real)
     train(mix(tmp_path/'cut'))
-    a, b = (checkpoint_info(tmp_path/n/'best/density') for n in ('whole', 'cut'))
+    a, b = (checkpoint_info(run/'best/density') for run in (unbroken, tmp_path/'cut'))
     assert 4 in calls and (a['step'], a['score']) == (b['step'], b['score'])
     assert all(v.equal(weights(tmp_path/'cut/best/density/checkpoints'/f'mixteacher-{a["step"]:07d}')[k])
-               for k, v in weights(tmp_path/'whole/best/density/checkpoints'/f'mixteacher-{a["step"]:07d}').items())
+               for k, v in weights(unbroken/'best/density/checkpoints'/f'mixteacher-{a["step"]:07d}').items())
 
 
 def test_who_cannot_be_judged_is_told_before_anything_is_written(tmp_path, capsys):

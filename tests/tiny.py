@@ -3,7 +3,7 @@ from pathlib import Path
 
 SOURCE, TARGET = "streets:synthetic,count=4,size=64x128", "streets:real,count=4,size=64x128"
 SHORT = "--steps 2 --batch-size 2 --checkpoint-every 1 --log-every 1 --device cpu"
-STRIDE = dict(pbal=37, proda=37, pixda=17)    # from one write that fails to the next, where there are many
+STRIDE = dict(pbal=53, proda=53, pixda=29)    # from one write that fails to the next, where there are many
 
 
 def _windows(names):
