@@ -169,7 +169,7 @@ def test_another_file_is_refused(monkeypatch, tmp_path):
     (folder.parent/"__init__.py").write_text("raise RuntimeError('nobody need run this')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(IMAGENET, "lite0", ("another", file, want))
-    with pytest.raises(InputError, match="does not exist"): imagenet_file("x_efficientnet_lite0")
+    with pytest.raises(InputError, match="is missing; install another again"): imagenet_file("x_efficientnet_lite0")
     (folder/file).write_bytes(b"something else")
     with pytest.raises(InputError, match="expected 579344248a93"): imagenet_file("x_efficientnet_lite0")
 
